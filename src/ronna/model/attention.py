@@ -1,0 +1,214 @@
+"""How tokens read each other: the kernel a device likes, rotary positions, relative bias, the cache of decoding.
+
+Only this file knows that some kernels want rectangles. Everything here takes and returns flat tokens.
+
+Legend: T tokens, B sequences, R rows and L columns of a view, H heads, K key/value heads, D head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ronna.model import config as c
+from ronna.model.layers import Linear, make_norm, merged
+from ronna.model.sequences import Sequences, View
+
+
+def rotary_angles(cfg: c.Rotary, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, D/2) in fp32 of position * theta ** (-2i / D), scaled as the config says."""
+    freqs = cfg.theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    match cfg.scaling:
+        case c.LinearScaling(factor):
+            freqs = freqs / factor
+        case c.Llama3Scaling(factor, low, high, original):
+            turns = original * freqs / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            freqs = freqs * (keep + (1 - keep) / factor)
+    angle = positions.float()[:, None] * freqs
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (T, H, D): each pair (i, i + D/2) turns by its angle."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RelativeBias(nn.Module):
+    """T5's bias of the attention scores by distance (Raffel et al. 2020, section 2.1)."""
+
+    def __init__(self, cfg: c.RelativeBias, heads: int, causal: bool):
+        super().__init__()
+        self.cfg, self.causal = cfg, causal
+        self.table = nn.Embedding(cfg.buckets, heads)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Positions (R, Lq) and (R, Lk) -> bias (R, H, Lq, Lk)."""
+        return self.table(self.bucket(keys[:, None, :] - queries[:, :, None])).permute(0, 3, 1, 2)
+
+    def bucket(self, offset: Tensor) -> Tensor:
+        """Half of the buckets for exact small distances, half growing with the logarithm of the distance."""
+        n, base = self.cfg.buckets, torch.zeros_like(offset)
+        if self.causal:
+            distance = (-offset).clamp(min=0)
+        else:
+            n //= 2
+            base, distance = (offset > 0).long() * n, offset.abs()
+        exact = n // 2
+        growth = (distance.clamp(min=1).float() / exact).log() / math.log(self.cfg.max_distance / exact)
+        far = exact + (growth * (n - exact)).long()
+        return base + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+
+
+class LayerCache:
+    """Keys and values that one layer has already computed, (B, L, K, D), grown by doubling."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.memory: tuple[Tensor, Tensor] | None = None  # of the encoder's states, flat
+
+    def extend(self, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Put flat k, v (T, K, D) at their places; return all (B, L, K, D), right padded."""
+        need = int(sequences.positions.max()) + 1
+        if self.keys is None or self.values is None:
+            room = (len(sequences), max(64, need), *k.shape[1:])
+            self.keys, self.values = k.new_zeros(room), v.new_zeros(room)
+        while self.keys.shape[1] < need:
+            self.keys = torch.cat([self.keys, torch.zeros_like(self.keys)], dim=1)
+            self.values = torch.cat([self.values, torch.zeros_like(self.values)], dim=1)
+        self.keys[sequences.owner, sequences.positions] = k
+        self.values[sequences.owner, sequences.positions] = v
+        return self.keys[:, :need], self.values[:, :need]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given sequences, in this order (beam search, finished sequences)."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, *, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    """(R, L, H, D) each -> (R, L, H, D), through PyTorch's rectangular kernels."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=causal and mask is None, scale=cfg.scale, enable_gqa=cfg.kv != cfg.heads
+    )
+    return y.transpose(1, 2)
+
+
+def with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Tensor:
+    """One additive mask out of a boolean one (or bare causality) and a bias (R, H, Lq, Lk)."""
+    if mask is None and causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+
+def has_varlen(q: Tensor, bias: RelativeBias | None, dropout: float) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and dropout == 0.0
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequences, *, causal: bool) -> Tensor:
+    """Flat (T, H, D) through the variable-length flash kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    side = -1 if cfg.window is None else cfg.window
+    bounds, longest = sequences.bounds, sequences.longest
+    return varlen_attn(
+        q, k, v, bounds, bounds, longest, longest,
+        scale=cfg.scale, window_size=(side, 0 if causal else side), enable_gqa=cfg.kv != cfg.heads,
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys, from a sequence to itself or to an encoder's states."""
+
+    def __init__(self, cfg: c.Attention, dim: int, causal: bool):
+        super().__init__()
+        self.cfg, self.causal = cfg, causal
+        self.q = Linear(dim, cfg.heads * cfg.head_dim, bias=cfg.bias)
+        self.k = Linear(dim, cfg.kv * cfg.head_dim, bias=cfg.bias)
+        self.v = Linear(dim, cfg.kv * cfg.head_dim, bias=cfg.bias)
+        self.out = Linear(cfg.heads * cfg.head_dim, dim, bias=cfg.out_bias)
+        self.q_norm = make_norm(cfg.qk_norm, cfg.head_dim)
+        self.k_norm = make_norm(cfg.qk_norm, cfg.head_dim)
+
+    @property
+    def rate(self) -> float:
+        return self.cfg.dropout if self.training else 0.0
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.cfg.head_dim))  # (T, H, D)
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, bias: RelativeBias | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Self-attention, x (T, C) -> (T, C)."""
+        q, k, v = map(self.split, merged(x, self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary := self.cfg.rotary:
+            angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            y = self.attend_cached(q, k, v, sequences, bias, cache)
+        elif has_varlen(q, bias, self.rate):
+            y = varlen(q, k, v, self.cfg, sequences, causal=self.causal)
+        else:
+            y = self.attend(q, k, v, sequences, bias)
+        return self.out(y.flatten(-2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None) -> Tensor:
+        view = sequences.packed
+        mask = sequences.mask(view, causal=self.causal, window=self.cfg.window)
+        if bias is not None:
+            table = sequences.memo((bias, q.dtype), lambda: relative(bias, view, q.dtype))
+            mask = with_bias(mask, table, self.causal)
+        q, k, v = view.spread(q), view.spread(k), view.spread(v)
+        return view.gather(sdpa(q, k, v, self.cfg, mask=mask, causal=self.causal, dropout=self.rate))
+
+    def attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None, cache: LayerCache
+    ) -> Tensor:
+        keys, values = cache.extend(k, v, sequences)
+        view = sequences.padded
+        place = torch.arange(keys.shape[1], device=q.device)
+        distance = view.position[:, :, None] - place  # (B, L, keys)
+        mask = (distance >= 0)[:, None]
+        if self.cfg.window is not None:
+            mask = mask & (distance <= self.cfg.window)[:, None]
+        if bias is not None:
+            mask = with_bias(mask, bias(view.position, place.expand(len(sequences), -1)).to(q.dtype), causal=False)
+        y = sdpa(view.spread(q), keys, values, self.cfg, mask=mask, causal=False, dropout=0.0)
+        return view.gather(y)
+
+    def cross(
+        self, x: Tensor, sequences: Sequences, memory: Tensor, source: Sequences, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Sequence i of x (T, C) reads sequence i of the encoder's states (S, C)."""
+        q = self.q_norm(self.split(self.q(x)))
+        if cache is not None and cache.memory is not None:
+            k, v = cache.memory
+        else:
+            k, v = map(self.split, merged(memory, self.k, self.v))
+            k = self.k_norm(k)
+            if cache is not None:
+                cache.memory = (k, v)
+        rows, columns = sequences.padded, source.padded
+        mask = None if columns.slots is None else (columns.sequence >= 0)[:, None, None, :]
+        y = sdpa(
+            rows.spread(q), columns.spread(k), columns.spread(v), self.cfg,
+            mask=mask, causal=False, dropout=self.rate,
+        )  # fmt: skip
+        return self.out(rows.gather(y).flatten(-2))
+
+
+def relative(bias: RelativeBias, view: View, dtype: torch.dtype) -> Tensor:
+    """The bias of a whole view, (1, H, L, L) where every row counts its positions from the same start."""
+    positions = view.position
+    if view.single:
+        positions = torch.arange(view.columns, device=positions.device)[None]
+    return bias(positions, positions).to(dtype)

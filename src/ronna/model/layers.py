@@ -1,0 +1,83 @@
+"""The parts of a block that look at one token at a time: linear maps, norms, feed-forward, dropout.
+
+Parameters may be fp32 masters while activations are bf16: each layer casts its weights to what it is given.
+
+Legend: T tokens, C channels.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ronna.model import config as c
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
+
+
+class Linear(nn.Linear):
+    """A linear map that computes in the precision of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Several linear maps of one input as a single matrix product, which small matrices need to be fast.
+
+    Maps that are more than a plain Linear (an adapter) are called one by one, and so are products of few
+    tokens, where joining the weights would cost more than it saves.
+    """
+    if x.shape[0] < 64 or any(type(m) is not Linear for m in linears):
+        return tuple(m(x) for m in linears)
+    weight = torch.cat([m.weight.to(x.dtype) for m in linears])  # type: ignore[operator]
+    biases = [m.bias for m in linears if m.bias is not None]
+    bias = torch.cat(biases).to(x.dtype) if biases else None  # type: ignore[arg-type]
+    return F.linear(x, weight, bias).split([m.out_features for m in linears], dim=-1)  # type: ignore[misc]
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if input.is_cuda or bias is None:  # the CPU kernel takes fp32 weights with bf16 input as they are
+            weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(cfg: c.Norm | None, dim: int) -> nn.Module:
+    if cfg is None:
+        return nn.Identity()
+    return RMSNorm(dim, eps=cfg.eps) if cfg.kind == "rms" else LayerNorm(dim, eps=cfg.eps, bias=cfg.bias)
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, cfg: c.FeedForward, dim: int):
+        super().__init__()
+        self.cfg = cfg
+        self.up = Linear(dim, cfg.hidden, bias=cfg.bias)
+        self.gate = Linear(dim, cfg.hidden, bias=cfg.bias) if cfg.gated else None
+        self.down = Linear(cfg.hidden, dim, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.cfg.act]
+        if self.gate is None:
+            h = act(self.up(x))
+        else:
+            gate, up = merged(x, self.gate, self.up)
+            h = act(gate) * up
+        return self.down(F.dropout(h, self.cfg.dropout, self.training))

@@ -1,0 +1,156 @@
+"""A batch without padding: one flat run of tokens, and the only word on which token may see which.
+
+Legend: T tokens in all, B sequences, R rows and L columns of an attention view.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle (R, L) that attention kernels without variable lengths can work on.
+
+    A row holds one or more whole sequences, so short ones share a row instead of being padded.
+    """
+
+    rows: int
+    columns: int
+    slots: Tensor | None  # (T,) place of each token in the flattened rectangle; None: they fill it in order
+    sequence: Tensor  # (R, L) number of the sequence a cell belongs to, -1 in an empty cell
+    position: Tensor  # (R, L) position of the cell's token in its sequence
+    single: bool  # every row holds one sequence only
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (R, L, ...), zeros in empty cells."""
+        if self.slots is None:
+            return x.unflatten(0, (self.rows, self.columns))
+        empty = x.new_zeros(self.rows * self.columns, *x.shape[1:])
+        return empty.index_copy(0, self.slots, x).unflatten(0, (self.rows, self.columns))
+
+    def gather(self, y: Tensor) -> Tensor:
+        """(R, L, ...) -> (T, ...)."""
+        y = y.flatten(0, 1)
+        return y if self.slots is None else y.index_select(0, self.slots)
+
+
+class Sequences:
+    """Where each sequence of a flat batch starts and at which position it begins.
+
+    lengths: (B,) int64, each at least 1. past: (B,) tokens of each sequence that a cache already holds.
+    Device tensors are made once per batch and shared by all layers.
+    """
+
+    def __init__(self, lengths: Tensor, past: Tensor | None = None, device: torch.device | str = "cpu"):
+        self.lengths = lengths.cpu()
+        self.past = past
+        self.device = torch.device(device)
+        self._memo: dict[Hashable, Any] = {}
+
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once per batch: masks and rotary angles are the same in every layer."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Sequences":
+        return cls(torch.tensor(lengths, dtype=torch.long), device=device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(B,) index of each sequence's first token."""
+        return (torch.cumsum(self.lengths, 0) - self.lengths).to(self.device)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """(B,) index of each sequence's last token."""
+        return (torch.cumsum(self.lengths, 0) - 1).to(self.device)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(B + 1,) int32 cumulative lengths, as variable-length kernels want them."""
+        ends = torch.cumsum(self.lengths, 0)
+        return torch.cat([ends.new_zeros(1), ends]).to(self.device, torch.int32)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """(T,) number of the sequence each token belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(T,) place of each token in its own sequence, counting what a cache already holds."""
+        inside = torch.arange(self.tokens, device=self.device) - self.starts[self.owner]
+        return inside if self.past is None else inside + self.past[self.owner]
+
+    @cached_property
+    def padded(self) -> View:
+        """One sequence per row."""
+        return self._view(torch.arange(len(self)), torch.zeros(len(self), dtype=torch.long), self.longest)
+
+    @cached_property
+    def packed(self) -> View:
+        """Consecutive sequences share a row while they fit into the length of the longest."""
+        rows, offsets, row, used = [], [], 0, 0
+        for n in self.lengths.tolist():
+            if used + n > self.longest:
+                row, used = row + 1, 0
+            rows.append(row)
+            offsets.append(used)
+            used += n
+        if row + 1 == len(self):
+            return self.padded
+        return self._view(torch.tensor(rows), torch.tensor(offsets), self.longest)
+
+    def _view(self, rows: Tensor, offsets: Tensor, columns: int) -> View:
+        count = int(rows[-1]) + 1
+        rows, offsets = rows.to(self.device), offsets.to(self.device)
+        inside = torch.arange(self.tokens, device=self.device) - self.starts[self.owner]
+        slots = rows[self.owner] * columns + offsets[self.owner] + inside
+        sequence = torch.full((count * columns,), -1, device=self.device).index_copy_(0, slots, self.owner)
+        position = torch.zeros_like(sequence).index_copy_(0, slots, self.positions)
+        full = self.tokens == count * columns
+        shape = (count, columns)
+        return View(
+            *shape, None if full else slots, sequence.view(shape), position.view(shape), count == len(self)
+        )
+
+    def mask(self, view: View, *, causal: bool, window: int | None) -> Tensor | None:
+        """Who sees whom inside a view: bool (R or 1, 1, L, L), True where a query may look at a key.
+
+        None where no mask is needed besides a causal one. Empty cells see themselves, so that no row of
+        scores is wholly masked; nobody sees them.
+        """
+        return self.memo(("mask", view.rows, causal, window), lambda: self._mask(view, causal, window))
+
+    def _mask(self, view: View, causal: bool, window: int | None) -> Tensor | None:
+        bounded = window is not None and window < view.columns - 1
+        # Right padding stands behind every real token, so causality alone hides it.
+        if view.single and not bounded and (causal or view.slots is None):
+            return None
+        sequence = view.sequence
+        see = sequence[:, None, :, None] == sequence[:, None, None, :]
+        distance = torch.arange(view.columns, device=self.device)
+        distance = distance[:, None] - distance[None, :]
+        if causal:
+            see = see & (distance >= 0)
+        if bounded:
+            see = see & (distance.abs() <= window)
+        return see

@@ -1,0 +1,220 @@
+"""One transformer. Every family in `families/` is a value of `config.Model`; none has code of its own here.
+
+Legend: T tokens of a flat batch, S tokens of the source batch, C channels, V vocabulary, B sequences.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ronna.model import config as c
+from ronna.model.attention import Attention, LayerCache, RelativeBias
+from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, make_norm
+from ronna.model.sequences import Sequences
+
+
+@dataclass
+class Cache:
+    """What decoding keeps between steps; give the same object to every call."""
+
+    layers: list[LayerCache] = field(default_factory=list)
+
+    def layer(self, i: int) -> LayerCache:
+        while len(self.layers) <= i:
+            self.layers.append(LayerCache())
+        return self.layers[i]
+
+    def select(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.select(rows)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An encoder's states (S, C) and where their sequences lie."""
+
+    states: Tensor
+    sequences: Sequences
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: c.Block, dim: int, causal: bool):
+        super().__init__()
+        self.cfg = cfg
+        self.attention = Attention(cfg.attention, dim, causal)
+        self.attention_norm = make_norm(None if cfg.skip_first_norm else cfg.norm, dim)
+        self.cross = Attention(cfg.cross, dim, causal=False) if cfg.cross else None
+        self.cross_norm = make_norm(cfg.norm, dim) if cfg.cross else None
+        self.ffn = FeedForward(cfg.ffn, dim)
+        self.ffn_norm = make_norm(cfg.norm, dim)
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, bias: RelativeBias | None, memory: Memory | None, cache: LayerCache | None
+    ) -> Tensor:
+        x = self.residual(x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache))
+        if self.cross is not None and self.cross_norm is not None and memory is not None:
+            cross, source = self.cross, memory
+            x = self.residual(
+                x, self.cross_norm, lambda h: cross.cross(h, sequences, source.states, source.sequences, cache)
+            )
+        return self.residual(x, self.ffn_norm, self.ffn)
+
+    def residual(self, x: Tensor, norm: nn.Module, layer) -> Tensor:
+        drop = self.cfg.dropout
+        if self.cfg.norm_at == "pre":
+            return x + F.dropout(layer(norm(x)), drop, self.training)
+        return norm(x + F.dropout(layer(x), drop, self.training))
+
+
+class Stack(nn.Module):
+    def __init__(self, cfg: c.Stack, dim: int):
+        super().__init__()
+        self.cfg = cfg
+        self.blocks = nn.ModuleList(Block(b, dim, cfg.causal) for b in cfg.blocks)
+        heads = cfg.blocks[0].attention.heads
+        self.bias = RelativeBias(cfg.relative_bias, heads, cfg.causal) if cfg.relative_bias else None
+        self.final_norm = make_norm(cfg.final_norm, dim)
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, memory: Memory | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            x = block(x, sequences, self.bias, memory, cache.layer(i) if cache else None)
+        return F.dropout(self.final_norm(x), self.cfg.dropout, self.training)
+
+
+def sinusoids(positions: Tensor, dim: int) -> Tensor:
+    """(T,) -> (T, C) fp32: sines of position / 10000 ** (2i / C), then their cosines."""
+    freqs = 10_000.0 ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * freqs
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class Embedding(nn.Module):
+    def __init__(self, cfg: c.Embedding, dim: int):
+        super().__init__()
+        self.cfg, self.dim = cfg, dim
+        self.tokens = nn.Embedding(cfg.vocab, dim)
+        learned = isinstance(cfg.positions, c.LearnedPositions)
+        self.positions = nn.Embedding(cfg.positions.count, dim) if learned else None  # type: ignore[union-attr]
+        self.segments = nn.Embedding(cfg.segments, dim) if cfg.segments else None
+        self.norm = make_norm(cfg.norm, dim)
+
+    def forward(self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None) -> Tensor:
+        x = self.tokens(tokens)
+        if self.cfg.scale != 1.0:
+            x = x * self.cfg.scale
+        match self.cfg.positions:
+            case c.LearnedPositions(offset=offset):
+                x = x + self.positions(sequences.positions + offset)  # type: ignore[misc]
+            case c.SinusoidalPositions():
+                x = x + sequences.memo(("sinusoids", self.dim), lambda: sinusoids(sequences.positions, self.dim))
+        if self.segments is not None:
+            x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
+        return self.norm(x)
+
+
+class Head(nn.Module):
+    """Hidden states to vocabulary logits; training uses `transform` and gives the product to the chunked loss."""
+
+    def __init__(self, cfg: c.Head, dim: int, vocab: int):
+        super().__init__()
+        self.cfg = cfg
+        self.dense = Linear(dim, dim, bias=cfg.transform.bias) if cfg.transform else None
+        self.norm = make_norm(cfg.transform.norm if cfg.transform else None, dim)
+        self.logits = Linear(dim, vocab, bias=cfg.bias)
+
+    def transform(self, x: Tensor) -> Tensor:
+        if self.dense is not None and self.cfg.transform is not None:
+            x = self.norm(ACTIVATIONS[self.cfg.transform.act](self.dense(x)))
+        return x if self.cfg.scale == 1.0 else x * self.cfg.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.transform(x))
+
+
+class Classifier(nn.Module):
+    """Hidden states (T, C) to scores (B, labels), one row per sequence."""
+
+    def __init__(self, cfg: c.Classifier, dim: int):
+        super().__init__()
+        self.cfg = cfg
+        self.dense = Linear(dim, dim, bias=cfg.dense_bias) if cfg.dense else None
+        self.norm = make_norm(cfg.norm, dim)
+        self.out = Linear(dim, cfg.labels, bias=cfg.bias)
+
+    def pool(self, x: Tensor, sequences: Sequences) -> Tensor:
+        match self.cfg.pool:
+            case "first":
+                return x[sequences.starts]
+            case "last":
+                return x[sequences.last]
+        sums = x.new_zeros(len(sequences), x.shape[-1]).index_add(0, sequences.owner, x)
+        return sums / sequences.lengths.to(x.device, x.dtype)[:, None]
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        x = self.pool(x, sequences)
+        if self.dense is not None and self.cfg.dense is not None:
+            x = self.norm(ACTIVATIONS[self.cfg.dense](self.dense(x)))
+        return self.out(F.dropout(x, self.cfg.dropout, self.training)).float()
+
+
+class Transformer(nn.Module):
+    """The model that `cfg` describes. Activations run in `compute` precision, parameters stay as they are."""
+
+    def __init__(self, cfg: c.Model):
+        super().__init__()
+        self.cfg = cfg
+        self.compute = torch.float32
+        self.embedding = Embedding(cfg.embedding, cfg.dim)
+        self.encoder = Stack(cfg.encoder, cfg.dim) if cfg.encoder else None
+        self.decoder = Stack(cfg.decoder, cfg.dim) if cfg.decoder else None
+        self.head = Head(cfg.head, cfg.dim, cfg.embedding.vocab) if cfg.head else None
+        self.classifier = Classifier(cfg.classifier, cfg.dim) if cfg.classifier else None
+        self.tie()
+
+    def tie(self) -> None:
+        """One tensor for the embedding and the head; to be called again after anything that replaces parameters."""
+        if self.head is not None and self.head.cfg.tied:
+            self.head.logits.weight = self.embedding.tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.tokens.weight.device
+
+    def embed(self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens, sequences, segments)
+        return F.dropout(x, self.cfg.embedding.dropout, self.training).to(self.compute)
+
+    def encode(self, tokens: Tensor, sequences: Sequences) -> Memory:
+        """What the decoder of an encoder-decoder reads, from source tokens (S,)."""
+        assert self.encoder is not None
+        return Memory(self.encoder(self.embed(tokens, sequences), sequences), sequences)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        segments: Tensor | None = None,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The last stack's states (T, C) of flat tokens (T,)."""
+        stack = self.decoder if self.decoder is not None else self.encoder
+        assert stack is not None
+        return stack(self.embed(tokens, sequences, segments), sequences, memory, cache)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        segments: Tensor | None = None,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Vocabulary logits (T, V)."""
+        assert self.head is not None, "this model has no vocabulary head"
+        return self.head(self.hidden(tokens, sequences, segments, memory, cache))
