@@ -96,7 +96,14 @@ def sdpa(
     """(R, L, H, D) each -> (R, L, H, D), through PyTorch's rectangular kernels."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     y = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=causal and mask is None, scale=cfg.scale, enable_gqa=cfg.kv != cfg.heads
+        q,
+        k,
+        v,
+        mask,
+        dropout,
+        is_causal=causal and mask is None,
+        scale=cfg.scale,
+        enable_gqa=cfg.kv != cfg.heads,
     )
     return y.transpose(1, 2)
 
@@ -112,16 +119,20 @@ def has_varlen(q: Tensor, bias: RelativeBias | None, dropout: float) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and dropout == 0.0
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequences, *, causal: bool) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequences, *, causal: bool
+) -> Tensor:
     """Flat (T, H, D) through the variable-length flash kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     side = -1 if cfg.window is None else cfg.window
     bounds, longest = sequences.bounds, sequences.longest
-    return varlen_attn(
+    y = varlen_attn(
         q, k, v, bounds, bounds, longest, longest,
         scale=cfg.scale, window_size=(side, 0 if causal else side), enable_gqa=cfg.kv != cfg.heads,
     )  # fmt: skip
+    assert isinstance(y, Tensor)
+    return y
 
 
 class Attention(nn.Module):
@@ -145,13 +156,19 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.cfg.head_dim))  # (T, H, D)
 
     def forward(
-        self, x: Tensor, sequences: Sequences, bias: RelativeBias | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        bias: RelativeBias | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Self-attention, x (T, C) -> (T, C)."""
         q, k, v = map(self.split, merged(x, self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary := self.cfg.rotary:
-            angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
+            angles = sequences.memo(
+                rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions)
+            )
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             y = self.attend_cached(q, k, v, sequences, bias, cache)
@@ -161,7 +178,9 @@ class Attention(nn.Module):
             y = self.attend(q, k, v, sequences, bias)
         return self.out(y.flatten(-2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None
+    ) -> Tensor:
         view = sequences.packed
         mask = sequences.mask(view, causal=self.causal, window=self.cfg.window)
         if bias is not None:
@@ -171,7 +190,13 @@ class Attention(nn.Module):
         return view.gather(sdpa(q, k, v, self.cfg, mask=mask, causal=self.causal, dropout=self.rate))
 
     def attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None, cache: LayerCache
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences: Sequences,
+        bias: RelativeBias | None,
+        cache: LayerCache,
     ) -> Tensor:
         keys, values = cache.extend(k, v, sequences)
         view = sequences.padded
@@ -181,12 +206,19 @@ class Attention(nn.Module):
         if self.cfg.window is not None:
             mask = mask & (distance <= self.cfg.window)[:, None]
         if bias is not None:
-            mask = with_bias(mask, bias(view.position, place.expand(len(sequences), -1)).to(q.dtype), causal=False)
+            mask = with_bias(
+                mask, bias(view.position, place.expand(len(sequences), -1)).to(q.dtype), causal=False
+            )
         y = sdpa(view.spread(q), keys, values, self.cfg, mask=mask, causal=False, dropout=0.0)
         return view.gather(y)
 
     def cross(
-        self, x: Tensor, sequences: Sequences, memory: Tensor, source: Sequences, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        memory: Tensor,
+        source: Sequences,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Sequence i of x (T, C) reads sequence i of the encoder's states (S, C)."""
         q = self.q_norm(self.split(self.q(x)))

@@ -162,7 +162,9 @@ class Stack:
         final = self.final_norm.params(dim) if self.final_norm else 0
         return sum(b.params(dim) for b in self.blocks) + final + table
 
-    def flops(self, dim: int, tokens: int, length: int, source_tokens: int = 0, source_length: int = 0) -> int:
+    def flops(
+        self, dim: int, tokens: int, length: int, source_tokens: int = 0, source_length: int = 0
+    ) -> int:
         return sum(b.flops(dim, tokens, length, source_tokens, source_length) for b in self.blocks)
 
 
@@ -253,6 +255,7 @@ class Model:
     decoder: Stack | None = None
     classifier: Classifier | None = None
     init: Init = Init()
+    context: int | None = None  # the length it is made for, where no table of positions sets one
 
     @property
     def last(self) -> Stack:
@@ -262,10 +265,10 @@ class Model:
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens a sequence may have, or None where positions are not tabulated."""
+        """The most tokens a sequence may have, or None where neither a table nor a family says."""
         positions = self.embedding.positions
         if positions is None:
-            return None
+            return self.context
         return positions.count - (positions.offset if isinstance(positions, LearnedPositions) else 0)
 
     def params(self) -> int:
@@ -286,7 +289,9 @@ class Model:
             total += self.encoder.flops(self.dim, source, source_length)
         total += self.last.flops(self.dim, tokens, length, source, source_length)
         if self.head:
-            total += self.head.flops(self.dim, self.embedding.vocab, tokens if predicted is None else predicted)
+            total += self.head.flops(
+                self.dim, self.embedding.vocab, tokens if predicted is None else predicted
+            )
         return total + (self.classifier.flops(self.dim, sequences) if self.classifier else 0)
 
 
@@ -304,5 +309,7 @@ def with_dropout(model: Model, rate: float) -> Model:
     """The same model with every dropout that its family has set to `rate` (where it had one) or 0."""
     return map_parts(
         model,
-        lambda p: replace(p, dropout=rate if p.dropout or rate == 0 else p.dropout) if hasattr(p, "dropout") else p,
+        lambda p: (
+            replace(p, dropout=rate if p.dropout or rate == 0 else p.dropout) if hasattr(p, "dropout") else p
+        ),
     )

@@ -5,7 +5,9 @@ Parameters may be fp32 masters while activations are bf16: each layer casts its 
 Legend: T tokens, C channels.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ronna.model import config as c
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
@@ -38,15 +40,17 @@ def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """
     if x.shape[0] < 64 or any(type(m) is not Linear for m in linears):
         return tuple(m(x) for m in linears)
-    weight = torch.cat([m.weight.to(x.dtype) for m in linears])  # type: ignore[operator]
-    biases = [m.bias for m in linears if m.bias is not None]
-    bias = torch.cat(biases).to(x.dtype) if biases else None  # type: ignore[arg-type]
-    return F.linear(x, weight, bias).split([m.out_features for m in linears], dim=-1)  # type: ignore[misc]
+    plain = cast(tuple[Linear, ...], linears)
+    weight = torch.cat([m.weight.to(x.dtype) for m in plain])
+    biases: list[Tensor] = [m.bias for m in plain if m.bias is not None]
+    bias = torch.cat(biases).to(x.dtype) if biases else None
+    return F.linear(x, weight, bias).split([m.out_features for m in plain], dim=-1)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if input.is_cuda or bias is None:  # the CPU kernel takes fp32 weights with bf16 input as they are
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

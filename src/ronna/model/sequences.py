@@ -151,6 +151,6 @@ class Sequences:
         distance = distance[:, None] - distance[None, :]
         if causal:
             see = see & (distance >= 0)
-        if bounded:
+        if bounded and window is not None:
             see = see & (distance.abs() <= window)
         return see

@@ -3,6 +3,7 @@
 Legend: T tokens of a flat batch, S tokens of the source batch, C channels, V vocabulary, B sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,17 +52,24 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(cfg.norm, dim)
 
     def forward(
-        self, x: Tensor, sequences: Sequences, bias: RelativeBias | None, memory: Memory | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        bias: RelativeBias | None = None,
+        memory: Memory | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         x = self.residual(x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache))
         if self.cross is not None and self.cross_norm is not None and memory is not None:
             cross, source = self.cross, memory
             x = self.residual(
-                x, self.cross_norm, lambda h: cross.cross(h, sequences, source.states, source.sequences, cache)
+                x,
+                self.cross_norm,
+                lambda h: cross.cross(h, sequences, source.states, source.sequences, cache),
             )
         return self.residual(x, self.ffn_norm, self.ffn)
 
-    def residual(self, x: Tensor, norm: nn.Module, layer) -> Tensor:
+    def residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
         drop = self.cfg.dropout
         if self.cfg.norm_at == "pre":
             return x + F.dropout(layer(norm(x)), drop, self.training)
@@ -111,14 +119,16 @@ class Embedding(nn.Module):
             case c.LearnedPositions(offset=offset):
                 x = x + self.positions(sequences.positions + offset)  # type: ignore[misc]
             case c.SinusoidalPositions():
-                x = x + sequences.memo(("sinusoids", self.dim), lambda: sinusoids(sequences.positions, self.dim))
+                x = x + sequences.memo(
+                    ("sinusoids", self.dim), lambda: sinusoids(sequences.positions, self.dim)
+                )
         if self.segments is not None:
             x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
         return self.norm(x)
 
 
 class Head(nn.Module):
-    """Hidden states to vocabulary logits; training uses `transform` and gives the product to the chunked loss."""
+    """Hidden states to vocabulary logits; training leaves the last product to the chunked loss."""
 
     def __init__(self, cfg: c.Head, dim: int, vocab: int):
         super().__init__()
@@ -177,7 +187,7 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """One tensor for the embedding and the head; to be called again after anything that replaces parameters."""
+        """One tensor for embedding and head; to be called again after anything that replaces parameters."""
         if self.head is not None and self.head.cfg.tied:
             self.head.logits.weight = self.embedding.tokens.weight
 

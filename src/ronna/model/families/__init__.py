@@ -1,1 +1,117 @@
+"""Families of published models: from a Hugging Face config.json to `config.Model` and back. No torch here."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ronna.base.errors import RonnaError
+from ronna.model.config import Classifier, Model
+from ronna.model.families.base import Family, Weight, label_maps, locate
+from ronna.model.families.bert import BERT
+from ronna.model.families.gpt2 import GPT2
+from ronna.model.families.llama import LLAMA
+from ronna.model.families.modernbert import MODERNBERT
+from ronna.model.families.roberta import ROBERTA
+from ronna.model.families.t5 import T5
+from ronna.model.families.transformer2017 import TRANSFORMER2017
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Weight",
+    "classifier_for",
+    "family_of",
+    "label_maps",
+    "locate",
+    "preset",
+    "read_config",
+    "read_config_json",
+]
+
+FAMILIES = (BERT, ROBERTA, MODERNBERT, GPT2, LLAMA, T5, TRANSFORMER2017)
+
+
+def nearest(name: str, known: list[str], what: str) -> str:
+    near = get_close_matches(name, known, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"{what}: {', '.join(known)}"
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed config.json, by its model_type. Raises RonnaError for one not known."""
+    kind = str(config.get("model_type"))
+    for family in FAMILIES:
+        if kind in family.settings:
+            return family
+    known = [kind for family in FAMILIES for kind in family.settings]
+    found = f"model type {kind} is not supported" if "model_type" in config else "no model_type"
+    raise RonnaError(found, where="config.json", fix=nearest(kind, known, "model types"))
+
+
+def read_config_json(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder. Raises RonnaError where there is none or it is not JSON."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RonnaError(
+            "no such folder"
+            if not Path(folder).is_dir()
+            else f"config.json cannot be read: {error.strerror}",
+            where=str(folder),
+            fix="give a folder with config.json and model.safetensors, ours or Hugging Face's",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RonnaError(f"not valid JSON: {error}", where=str(path), fix="download the file again") from None
+    if not isinstance(config, dict):
+        raise RonnaError("not a JSON object", where=str(path), fix="download the file again")
+    if "quantization_config" in config:
+        raise RonnaError("the weights are quantized", where=str(path), fix="use the original weights")
+    return config
+
+
+def read_config(folder: str | Path) -> tuple[Family, Model]:
+    """Family and shape of a Hugging Face folder, the vocabulary head included. Raises RonnaError."""
+    config = read_config_json(folder)
+    try:
+        family = family_of(config)
+        return family, family.from_hf(config)
+    except RonnaError as error:
+        raise RonnaError(error.what, where=f"{folder}/{error.where}", fix=error.fix) from None
+
+
+def preset(name: str, **overrides: Any) -> tuple[Family, Model]:
+    """A published size by name; `overrides` are keys of the family's config.json, such as vocab_size.
+
+    vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size and
+    max_position_embeddings are understood also where a family has another word for them. Raises RonnaError
+    with the nearest name for an unknown preset or key.
+    """
+    family = next((f for f in FAMILIES if name in f.presets), None)
+    if family is None:
+        raise RonnaError(
+            f"no preset {name}", fix=nearest(name, [p for f in FAMILIES for p in f.presets], "presets")
+        )
+    base = family.presets[name]
+    kind = base.get("model_type", family.model_types[0])
+    known = family.settings[kind].model_fields
+    renamed = {family.aliases.get(key, key): value for key, value in overrides.items()}
+    for key in renamed.keys() - known.keys():
+        raise RonnaError(f"{name} has no setting {key}", fix=nearest(key, list(known), "settings"))
+    return family, family.from_hf({"model_type": kind, **base, **renamed})
+
+
+def classifier_for(family: Family, model: Model, labels: int, dropout: float | None = None) -> Classifier:
+    """The classifier that the family's ...ForSequenceClassification has, for a model of that family.
+
+    `dropout` replaces the family's usual rate. Raises RonnaError for encoder-decoders.
+    """
+    if family.classifier is None:
+        raise RonnaError(
+            f"{family.name} models have no classifier",
+            fix="choose an encoder (bert, roberta, modernbert) or a decoder (gpt2, llama, qwen)",
+        )
+    classifier = family.classifier(model, labels)
+    return classifier if dropout is None else replace(classifier, dropout=dropout)

@@ -1,0 +1,348 @@
+"""What each verb brings to a training run: model, tokenizer, data, objective, and how to evaluate it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ronna.base.errors import RonnaError
+from ronna.base.track import say
+from ronna.data.badrows import BadRows
+from ronna.data.loader import sample_rng
+from ronna.data.shards import Shards
+from ronna.data.sources import find_splits, read_records, resolve
+from ronna.model.config import Classifier, with_dropout
+from ronna.model.families import Family, classifier_for, preset, read_config
+from ronna.model.folder import load_folder
+from ronna.model.init import build
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Objective, collate
+from ronna.objectives.clm import CausalLM, CLMConfig
+from ronna.objectives.denoise import Denoise
+from ronna.objectives.documents import PackedDocuments
+from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
+from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun, RecordsConfig
+from ronna.tasks.classify import (
+    Classify,
+    Example,
+    Row,
+    collect_labels,
+    detect_problem,
+    read_rows,
+    PROBLEM_TYPES,
+)
+from ronna.tasks.metrics import Scores
+from ronna.tasks.schema import find_columns, overlap, peek
+from ronna.text.tokenizer import Tokenizer, load_tokenizer
+from ronna.train.loop import Evaluation
+
+Stop = Callable[[], bool]
+
+
+@dataclass
+class Parts:
+    """Everything a run needs that depends on its verb. `lengths` are the items' tokens where batches are to be
+    made of items of like length, None where items are full rows."""
+
+    model: Transformer
+    family: Family
+    tokenizer: Tokenizer
+    objective: Objective
+    data: Sequence[Any]
+    lengths: np.ndarray | None
+    hashes: dict[str, str]
+    account: dict[str, Any]
+    evaluate: Callable[[Stop], Evaluation | None] | None = None
+    test: Callable[[Transformer], dict[str, Scores]] = field(default=lambda model: {})
+    labels: list[str] | None = None
+    problem_type: str | None = None
+
+
+# Pre-training
+
+
+def assemble_pretrain(run: PretrainRun) -> Parts:
+    shards = Shards(Path(run.data.train))
+    tokenizer = shards_tokenizer(shards, run.data.train)
+    family, model = pretrain_model(run, tokenizer)
+    objective = build_objective(run, tokenizer, shards)
+    data = PackedDocuments(shards, run.train.length, objective.overhead)
+    limit = model.cfg.max_length
+    if limit is not None and run.train.length > limit:
+        raise RonnaError(
+            f"rows of {run.train.length} tokens are longer than the {limit} positions of {run.model.name}",
+            where="train.length",
+            fix=f"at most {limit}",
+        )
+    hashes = {"data": hash_files([Path(run.data.train) / "manifest.json"]), "tokenizer": tokenizer.hash}
+    account = {"documents": len(shards), "tokens": int(shards.lengths.sum()), "packing": data.packing.fill}
+    parts = Parts(model, family, tokenizer, objective, data, None, hashes, account)
+    folder = validation_folder(run)
+    if folder is not None:
+        validation = Shards(folder, expect_tokenizer=tokenizer.hash)
+        held = PackedDocuments(validation, run.train.length, objective.overhead)
+        parts.evaluate = loss_on(parts, held, run)
+    return parts
+
+
+def shards_tokenizer(shards: Shards, folder: str) -> Tokenizer:
+    """The tokenizer that `prepare` laid beside the shards, which must be the one they were made with."""
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+    if tokenizer.hash != shards.manifest.identity.tokenizer_hash:
+        raise RonnaError(
+            "the tokenizer beside these shards is not the one they were made with",
+            where=f"{folder}/tokenizer",
+            fix="put it back, or run `ronna prepare` again",
+        )
+    return tokenizer
+
+
+def validation_folder(run: PretrainRun) -> Path | None:
+    if run.data.validation is not None:
+        return Path(run.data.validation)
+    train = Path(run.data.train)
+    beside = train.parent / "validation"
+    return beside if train.name == "train" and beside.is_dir() else None
+
+
+def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Transformer]:
+    nsp = isinstance(run.objective, MLMConfig) and run.objective.nsp
+    pooler = Classifier(2, "first", "tanh") if nsp else None
+    if Path(run.model.name).is_dir() and not run.model.scratch:
+        loaded = load_folder(run.model.name, head=True, classifier=pooler, seed=run.seed)
+        for note in loaded.notes:
+            say(note)
+        family, model = loaded.family, loaded.model
+    else:
+        family, cfg = architecture(run.model, tokenizer, head=True, classifier=pooler)
+        model = build(cfg, run.seed)
+    if model.cfg.embedding.vocab < tokenizer.vocab_size:
+        raise RonnaError(
+            f"the model has {model.cfg.embedding.vocab} token embeddings, the tokenizer {tokenizer.vocab_size} tokens",
+            where=run.model.name,
+            fix="use the model's own tokenizer, or start from a preset",
+        )
+    return family, drop(model, run.model)
+
+
+def build_objective(run: PretrainRun, tokenizer: Tokenizer, shards: Shards) -> MaskedLM | CausalLM | Denoise:
+    def need(role: str, found: int | None) -> int:
+        if found is None:
+            kinds = {"cls": "wordpiece", "sep": "wordpiece", "mask": "wordpiece"}
+            raise RonnaError(
+                f"objective {run.objective.kind} needs a {role} token, which this tokenizer lacks",
+                where=f"{run.data.train}/tokenizer",
+                fix=f"train one: ronna tokenizer train --kind {kinds.get(role, 'bpe')}",
+            )
+        return found
+
+    if isinstance(run.objective, MLMConfig):
+        vocabulary = Vocabulary(
+            size=tokenizer.vocab_size,
+            cls=need("cls", tokenizer.cls_id),
+            sep=need("sep", tokenizer.sep_id),
+            mask=need("mask", tokenizer.mask_id),
+            special=tokenizer.is_special,
+            continues_word=tokenizer.continues_word,
+            ends_sentence=tokenizer.ends_sentence,
+        )
+        return MaskedLM(run.objective, vocabulary, shards)
+    eos = need("eos", tokenizer.eos_id)
+    if isinstance(run.objective, CLMConfig):
+        return CausalLM(eos if tokenizer.bos_id is None else tokenizer.bos_id, eos)
+    sentinels = tuple(tokenizer.sentinel_ids.tolist())
+    if not sentinels:
+        need("sentinel (<extra_id_0>)", None)
+    return Denoise(run.objective, sentinels, need("pad", tokenizer.pad_id), eos)
+
+
+def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[Stop], Evaluation | None]:
+    """Mean of each loss term over the first rows of held-out data, under the same masks every time."""
+    rows = min(len(held), run.data.validation_rows)
+
+    @torch.inference_mode()
+    def evaluate(stop: Stop) -> Evaluation | None:
+        parts.model.eval()
+        totals: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for first in range(0, rows, run.train.micro_batch or run.train.batch):
+            if stop():
+                return None
+            items = range(first, min(rows, first + (run.train.micro_batch or run.train.batch)))
+            samples = [s for i in items for s in parts.objective.samples(held[i], sample_rng(run.seed, i))]
+            batch = collate(parts.objective, samples, parts.model.device)
+            loss = parts.objective.loss(parts.model, batch)
+            for name, value in (loss.sums | loss.stats).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            for term, n in batch.counts.items():
+                counts[term] = counts.get(term, 0) + n
+        scores = {name: total / counts[name.split("_")[0]] for name, total in totals.items()}
+        scores["loss"] = sum(scores[term] for term in counts)
+        return Evaluation(scores, "loss", higher_is_better=False)
+
+    return evaluate
+
+
+# Models
+
+
+def architecture(
+    config: ModelConfig, tokenizer: Tokenizer | None, *, head: bool, classifier: Classifier | None
+) -> tuple[Family, Any]:
+    """The shape named by a preset or a folder, with the wanted heads."""
+    if Path(config.name).is_dir():
+        family, cfg = read_config(Path(config.name))
+    else:
+        family, cfg = preset(config.name, **({"vocab_size": tokenizer.vocab_size} if tokenizer else {}))
+    return family, replace(cfg, head=cfg.head if head else None, classifier=classifier)
+
+
+def drop(model: Transformer, config: ModelConfig) -> Transformer:
+    """Set the dropout that the user asked for; modules read it from their parts' configs."""
+    if config.dropout is None:
+        return model
+    cfg = with_dropout(model.cfg, config.dropout)
+    with torch.device("meta"):
+        changed = Transformer(cfg)
+    changed.load_state_dict(model.state_dict(), assign=True)
+    changed.tie()
+    return changed
+
+
+# Fine-tuning
+
+
+def assemble_finetune(run: FinetuneRun) -> Parts:
+    splits = resolve_splits(run.data)
+    rows, account = read_splits(splits, run)
+    problem = run.task.problem
+    labels_seen = [r.label for r in rows["train"]]
+    found = detect_problem(labels_seen) if problem == "auto" else problem
+    labels = collect_labels(labels_seen, found)
+    tokenizer = load_tokenizer(run.model.name)
+    family, model = finetune_model(run, len(labels))
+    limit = model.cfg.max_length
+    length = run.train.length if limit is None else min(run.train.length, limit)
+    task = Classify(run.task, tokenizer, found, labels, length)
+    say(
+        f"task: {found} classification, {len(labels)} labels" if found != "regression" else "task: regression"
+    )
+    examples: dict[str, list[Example]] = {}
+    for name, some in rows.items():
+        task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
+        examples[name] = task.encode(some, account)
+    hashes = {
+        "data": hash_files([p for paths in splits.values() for p in paths]),
+        "tokenizer": tokenizer.hash,
+    }
+    lengths = np.array([len(e.tokens) for e in examples["train"]])
+    parts = Parts(model, family, tokenizer, task, examples["train"], lengths, hashes, account)
+    parts.labels, parts.problem_type = labels, PROBLEM_TYPES[found]
+    held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
+    parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
+    parts.test = lambda best: {n: task.measure(e, task.infer(best, e)) for n, e in held.items()}
+    return parts
+
+
+def judge(task: Classify, model: Transformer, examples: list[Example]) -> Evaluation:
+    scores = task.infer(model, examples)
+    measured = task.measure(examples, scores)
+    values = {n: m.value for n, m in measured.metrics.items() if m.value is not None}
+    values = {
+        task.monitor: values.get(task.monitor, float("-inf")),
+        "loss": task.mean_loss(examples, scores),
+    } | values
+    return Evaluation(values, task.monitor, higher_is_better=True)
+
+
+def resolve_splits(data: RecordsConfig) -> dict[str, list[Path]]:
+    """Files by split; a folder given as `train` brings its validation and test along."""
+    found: dict[str, list[Path]] = {}
+    if Path(data.train).is_dir():
+        found = find_splits(data.train)
+    else:
+        found["train"] = resolve(data.train)
+    if data.validation:
+        found["validation"] = resolve(data.validation)
+    if data.test:
+        found["test"] = resolve(data.test)
+    if not found.get("train"):
+        raise RonnaError(
+            "no training split", where=data.train, fix="name the files train.*, validation.*, test.*"
+        )
+    return found
+
+
+def read_splits(
+    splits: dict[str, list[Path]], run: FinetuneRun
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """Rows of every split, and the account of what happened to them."""
+    data, rows, account = run.data, {}, {}
+    for name, paths in splits.items():
+        quarantine = Path(run.out) / f"quarantine-{name}.jsonl"
+        bad = BadRows(limit=data.max_bad_rows, quarantine_file=quarantine)
+        first, records = peek(read_records(paths, bad=bad))
+        assert first is not None  # an empty file has been refused
+        columns = find_columns(first, text=data.text, pair=data.text_pair, label=data.label)
+        if name == "train":
+            say(f"columns: {columns}")
+        rows[name] = list(read_rows(records, columns, bad))
+        account[name] = bad.summary()
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = hold_out(rows["train"])
+    if data.limit:
+        rows["train"] = rows["train"][: data.limit]
+    for name, some in rows.items():
+        if not some:
+            raise RonnaError(
+                f"the {name} split has no usable row", fix="look at the quarantine file in the out folder"
+            )
+    shared = overlap({n: (f"{r.text}\0{r.pair or ''}" for r in some) for n, some in rows.items()})
+    shared = {pair: n for pair, n in shared.items() if pair.startswith("train/")}
+    if shared and not data.allow_overlap:
+        raise RonnaError(
+            "training texts stand in held-out data: "
+            + ", ".join(f"{n} in {pair}" for pair, n in shared.items()),
+            where=data.train,
+            fix="remove them from one side, or accept it with --allow-overlap",
+        )
+    return rows, {**account["train"], "overlap": shared, "splits": account}
+
+
+def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Nine tenths and one tenth, by a hash of the text, so that twins stay on one side."""
+    held = [hashlib.blake2b(r.text.encode(), digest_size=2).digest() < b"\x19\x99" for r in rows]
+    return [r for r, h in zip(rows, held, strict=True) if not h], [
+        r for r, h in zip(rows, held, strict=True) if h
+    ]
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def finetune_model(run: FinetuneRun, labels: int) -> tuple[Family, Transformer]:
+    """The folder's model with a classifier of the right size, or the same architecture with new weights."""
+    if not Path(run.model.name).is_dir():
+        raise RonnaError(
+            "not a model folder",
+            where=run.model.name,
+            fix="give a folder with config.json and model.safetensors, ours or Hugging Face's",
+        )
+    family, cfg = read_config(Path(run.model.name))
+    classifier = classifier_for(family, cfg, labels)
+    if run.model.scratch:
+        _, cfg = architecture(run.model, None, head=False, classifier=classifier)
+        return family, drop(build(cfg, run.seed), run.model)
+    loaded = load_folder(run.model.name, head=False, classifier=classifier, seed=run.seed)
+    for note in loaded.notes:
+        say(note)
+    return family, drop(loaded.model, run.model)

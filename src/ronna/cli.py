@@ -1,0 +1,216 @@
+"""The command line: flags become keys of the verb's run file, and the verb runs. Imports nothing heavy for --help."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ronna import __version__
+from ronna.base.errors import RonnaError
+
+INTERRUPTED = 143  # 128 + SIGTERM: stopped as asked, all saved, not finished
+
+
+class Flag(NamedTuple):
+    """`key` is where the value goes in the run file; `nargs` "+" makes a list, "flag" a switch."""
+
+    name: str
+    key: str
+    help: str
+    nargs: str | None = None
+
+
+class Verb(NamedTuple):
+    """`config` and `run` are named, not imported; `file` says whether the verb takes a run file."""
+
+    help: str
+    config: str
+    run: str
+    flags: tuple[Flag, ...]
+    file: bool = True
+
+
+OUT = Flag("--out", "out", "folder to write")
+SEED = Flag("--seed", "seed", "seed of everything random")
+DEVICE = Flag("--device", "device", "auto, cpu, cuda, cuda:1, mps")
+PRECISION = Flag("--precision", "precision", "auto, fp32, bf16")
+BAD_ROWS = Flag("--max-bad-rows", "max_bad_rows", "bad rows to set aside before giving up (default 0)")
+TRAINING = (
+    Flag("--lr", "optim.lr", "peak learning rate"),
+    Flag("--batch", "train.batch", "sequences or packed rows a step"),
+    Flag("--micro-batch", "train.micro_batch", "as many of them at a time"),
+    Flag("--length", "train.length", "tokens of a row or, fine-tuning, the most of a sequence"),
+    Flag("--precision", "train.precision", "auto, fp32, bf16"),
+    Flag("--tensorboard", "track.tensorboard", "also log to TensorBoard", "flag"),
+)
+COLUMNS = (
+    Flag("--text", "text", "column of the text"),
+    Flag("--text-pair", "text_pair", "column of the second text"),
+)
+VERBS: dict[str, Verb] = {
+    "data inspect": Verb(
+        "what a data file is: format, fields, lengths, labels, bad rows, leaks between splits",
+        "InspectRun", "ronna.inspect:inspect",
+        (Flag("input", "input", "files or folders", "+"), Flag("--tokenizer", "tokenizer", "folder, to count tokens"),
+         Flag("--text", "text", "column of the text"), Flag("--label", "label", "column of the label")), file=False,
+    ),
+    "tokenizer train": Verb(
+        "train a tokenizer", "TokenizerRun", "ronna.prepare:train_tokenizer_run",
+        (Flag("--input", "input", "files or folders of text", "+"), OUT,
+         Flag("--kind", "tokenizer.kind", "wordpiece, bpe (byte-level), unigram"),
+         Flag("--vocab", "tokenizer.vocab", "number of tokens"), BAD_ROWS),
+    ),
+    "prepare": Verb(
+        "text -> clean, deduplicated, tokenized shards", "PrepareRun", "ronna.prepare:prepare",
+        (Flag("--input", "input", "files or folders of text", "+"), OUT,
+         Flag("--tokenizer", "tokenizer", "tokenizer or model folder"), Flag("--text", "text", "column of the text"),
+         Flag("--validation", "validation", "share of documents to hold out"), BAD_ROWS),
+    ),
+    "pretrain": Verb(
+        "train a language model on shards", "PretrainRun", "ronna.run:execute",
+        (Flag("--model", "model.name", "preset or folder"), Flag("--data", "data.train", "shards of `prepare`"),
+         Flag("--validation", "data.validation", "shards to measure the loss on"),
+         Flag("--objective", "objective.kind", "mlm, clm, denoise"), Flag("--steps", "train.steps", "optimizer steps"),
+         Flag("--epochs", "train.epochs", "passes over the data"), OUT, SEED, DEVICE, *TRAINING),
+    ),
+    "finetune": Verb(
+        "train a model for a task on labelled records", "FinetuneRun", "ronna.run:execute",
+        (Flag("--task", "task.kind", "classify"), Flag("--model", "model.name", "model folder"),
+         Flag("--train", "data.train", "file, or folder with train, validation and test"),
+         Flag("--validation", "data.validation", "file"), Flag("--test", "data.test", "file"),
+         Flag("--text", "data.text", "column of the text"), Flag("--text-pair", "data.text_pair", "of the second text"),
+         Flag("--label", "data.label", "of the label"), Flag("--epochs", "train.epochs", "passes over the data"),
+         Flag("--limit", "data.limit", "training rows to use"),
+         Flag("--scratch", "model.scratch", "new weights, to compare with", "flag"),
+         Flag("--allow-overlap", "data.allow_overlap", "accept training texts in held-out data", "flag"),
+         Flag("--max-bad-rows", "data.max_bad_rows", "bad rows to set aside before giving up (default 0)"),
+         OUT, SEED, DEVICE, *TRAINING),
+    ),
+    "evaluate": Verb(
+        "measure a model on a file", "EvaluateRun", "ronna.evaluate:evaluate",
+        (Flag("--model", "model", "model folder"), Flag("--data", "data", "files", "+"), OUT, *COLUMNS,
+         Flag("--label", "label", "column of the label"), Flag("--length", "length", "tokens of a sequence or window"),
+         DEVICE, PRECISION, BAD_ROWS),
+    ),
+    "predict": Verb(
+        "records in, records with predictions out, streaming", "PredictRun", "ronna.evaluate:predict",
+        (Flag("--model", "model", "model folder"), Flag("--input", "input", "file, or - for standard input"),
+         Flag("--output", "output", "file, or - for standard output"), *COLUMNS,
+         Flag("--length", "length", "most tokens of a sequence"), DEVICE, PRECISION, BAD_ROWS),
+    ),
+    "generate": Verb(
+        "text from a decoder or an encoder-decoder", "GenerateRun", "ronna.evaluate:generate_run",
+        (Flag("--model", "model", "model folder"), Flag("--prompt", "prompt", "one or more prompts", "+"),
+         Flag("--max-tokens", "decoding.max_tokens", "tokens to write at most"),
+         Flag("--temperature", "decoding.temperature", "0 is greedy"), Flag("--top-k", "decoding.top_k", ""),
+         Flag("--top-p", "decoding.top_p", ""), Flag("--beams", "decoding.beams", "beam search with so many beams"),
+         Flag("--stop", "decoding.stop", "texts to stop at", "+"), Flag("--seed", "decoding.seed", "of sampling"),
+         DEVICE, PRECISION),
+    ),
+    "doctor": Verb(
+        "check a run file, its data and its model before it starts", "DoctorRun", "ronna.doctor:doctor",
+        (Flag("run", "run", "run file"),), file=False,
+    ),
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="ronna",
+        description="Train larger language models on the compute you have, and carry them to use.",
+    )
+    top.add_argument("--version", action="version", version=f"ronna {__version__}")
+    groups = {"": top.add_subparsers(dest="verb", metavar="VERB", required=True)}
+    for name, verb in VERBS.items():
+        group, _, leaf = name.rpartition(" ")
+        if group and group not in groups:
+            within = groups[""].add_parser(group, help=f"{group} commands")
+            groups[group] = within.add_subparsers(metavar="VERB", required=True)
+        add_verb(groups[group], leaf, name, verb)
+    return top
+
+
+def add_verb(group: Any, leaf: str, name: str, verb: Verb) -> None:
+    sub = group.add_parser(leaf, help=verb.help, description=verb.help, allow_abbrev=False)
+    sub.set_defaults(verb_name=name)
+    if verb.file:
+        sub.add_argument("file", nargs="?", metavar="RUN.toml", help="run file; flags and --set win over it")
+    for flag in verb.flags:
+        options: dict[str, Any] = {"help": flag.help}
+        if flag.nargs == "flag":
+            options |= {"action": "store_true", "default": None}
+        elif flag.nargs:
+            options |= {"nargs": flag.nargs}
+        if flag.name.startswith("-"):
+            options |= {"dest": f"flag:{flag.key}"}
+            options |= (
+                {} if flag.nargs == "flag" else {"metavar": flag.name.lstrip("-").replace("-", "_").upper()}
+            )
+            sub.add_argument(flag.name, **options)
+        else:
+            sub.add_argument(f"flag:{flag.key}", metavar=flag.name.upper(), **options)
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the run file"
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output at the end"
+    )
+    if name in ("pretrain", "finetune"):
+        sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
+
+def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
+    """The verb's config out of file, flags and --set."""
+    from ronna.base.config import apply_sets, build, read_toml
+
+    file = getattr(arguments, "file", None)
+    tree: dict[str, Any] = read_toml(file) if file else {}
+    given = {
+        k.removeprefix("flag:"): v
+        for k, v in vars(arguments).items()
+        if k.startswith("flag:") and v is not None
+    }
+    sets = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if not scalar(value)
+    ]
+    sets += [f"{key}={value}" for key, value in given.items() if scalar(value)]
+    tree = apply_sets(tree, sets + arguments.set)
+    config = getattr(importlib.import_module("ronna.runfile"), verb.config)
+    return build(config, tree, where=file or "the command line")
+
+
+def scalar(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the user can mend it, 1 our fault, 143 stopped as asked."""
+    arguments = parser().parse_args(argv)
+    verb = VERBS[arguments.verb_name]
+    try:
+        config = settings(verb, arguments)
+        if arguments.json and getattr(config, "output", None) == "-":
+            raise RonnaError("--json and the predictions both want standard output", fix="give --output FILE")
+        module, _, function = verb.run.partition(":")
+        options = {"resume": True} if getattr(arguments, "resume", False) else {}
+        result = getattr(importlib.import_module(module), function)(config, **options)
+    except RonnaError as error:
+        print(f"ronna: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print("ronna: stopped as asked; go on with --resume", file=sys.stderr)
+        return INTERRUPTED
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
+    else:
+        for line in result.get("lines", ()):
+            print(json.dumps(line, ensure_ascii=False))
+    return 0

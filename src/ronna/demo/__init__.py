@@ -1,0 +1,1 @@
+"""Demonstrations that need nothing but Python itself: no download, no account."""

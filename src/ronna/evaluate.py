@@ -1,0 +1,168 @@
+"""Using a trained folder: measure it, predict with it, let it write."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from ronna.base.config import config_hash
+from ronna.base.device import choose_device, choose_precision
+from ronna.base.errors import RonnaError
+from ronna.base.track import say
+from ronna.data.badrows import BadRows
+from ronna.data.sources import read_records, resolve
+from ronna.model.folder import load_folder
+from ronna.model.transformer import Transformer
+from ronna.prepare import texts
+from ronna.report import build_report, write_report
+from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
+from ronna.serve.decode import Generation, generate, perplexity
+from ronna.serve.sampling import GenerateConfig
+from ronna.tasks.classify import PROBLEM_TYPES, Classify, ClassifyConfig, Problem, Row, read_rows, usable_row
+from ronna.tasks.metrics import perplexity_scores
+from ronna.tasks.schema import find_columns, peek
+from ronna.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A folder ready to be used; `task` is there where it has a classifier."""
+
+    folder: str
+    model: Transformer
+    tokenizer: Tokenizer
+    task: Classify | None
+    decoder_start: int | None  # of an encoder-decoder
+
+    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The prediction for each text or pair: label and probabilities, labels, or score."""
+        if self.task is None:
+            raise RonnaError("no task head", where=self.folder, fix="`ronna finetune` one, or use generate")
+        seconds = pairs if pairs is not None else [None] * len(texts)
+        rows = [Row(text, pair, None) for text, pair in zip(texts, seconds, strict=True)]
+        return self.task.decode(self.task.infer(self.model, self.task.encode(rows)))
+
+    def generate(self, prompts: Sequence[str], config: GenerateConfig | None = None) -> list[Generation]:
+        """What the model writes after each prompt, or for each source."""
+        model, tokenizer = self.model, self.tokenizer
+        if model.head is None or model.decoder is None:
+            raise RonnaError(
+                "only a model with a decoder can write", where=self.folder, fix="give a GPT or T5 folder"
+            )
+        both = model.encoder is not None
+        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        # A source ends as in training; what a decoder is to continue must stay open, after the token it began with.
+        ids = [i.tolist() for i in tokenizer.encode_batch(list(prompts), add_special=both)]
+        if not both and start is not None:
+            ids = [[start, *i] for i in ids]
+        return generate(
+            model, ids, config or GenerateConfig(), eos=eos, start=self.decoder_start if both else start, decode=tokenizer.decode
+        )
+
+
+def load(folder: str, *, device: str = "auto", precision: str = "auto", length: int = 512) -> Loaded:
+    """A model folder (ours or Hugging Face's) on a device. Raises RonnaError for anything that is not one."""
+    place = choose_device(device)
+    dtype, _ = choose_precision(precision, place)
+    loaded = load_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    model = loaded.model.to(place, dtype).eval()
+    model.compute = dtype
+    task = None
+    if model.classifier is not None and model.head is None:
+        labels = [
+            name for _, name in sorted(loaded.config["id2label"].items(), key=lambda pair: int(pair[0]))
+        ]
+        known: dict[str, Problem] = {t: p for p, t in PROBLEM_TYPES.items()}
+        problem = known.get(loaded.config.get("problem_type") or "", "single")
+        limit = min(length, model.cfg.max_length or length)
+        task = Classify(ClassifyConfig(problem=problem), tokenizer, problem, labels, limit)
+    start = loaded.config.get("decoder_start_token_id", tokenizer.pad_id)
+    return Loaded(folder, model, tokenizer, task, start)
+
+
+def evaluate(run: EvaluateRun) -> dict[str, Any]:
+    """Scores with intervals on a file: the task's metrics, or a language model's perplexity and bits per byte."""
+    loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
+    bad = BadRows(limit=run.max_bad_rows)
+    paths = resolve(list(run.data))
+    if loaded.task is not None:
+        task = loaded.task
+        account: dict[str, int] = {}
+        first, records = peek(read_records(paths, bad=bad))
+        assert first is not None
+        columns = find_columns(first, text=run.text, pair=run.text_pair, label=run.label)
+        say(f"columns: {columns}")
+        rows = list(read_rows(records, columns, bad))
+        task.check_labels(rows, where=run.data[0])
+        examples = task.encode(rows, account)
+        scores = task.measure(examples, task.infer(loaded.model, examples))
+        kind: dict[str, Any] = {"task": "classify", "data": {**bad.summary(), **account}}
+    else:
+        documents = list(texts(paths, run.text or "text", bad))
+        if loaded.model.cfg.encoder is not None:
+            raise RonnaError(
+                "perplexity on a text needs a decoder",
+                where=run.model,
+                fix="give a causal model or a classifier",
+            )
+        start = loaded.tokenizer.eos_id if loaded.tokenizer.bos_id is None else loaded.tokenizer.bos_id
+        length = min(run.length, loaded.model.cfg.max_length or run.length)
+        ids = [i.tolist() for i in loaded.tokenizer.encode_batch(documents)]
+        nll, tokens = perplexity(loaded.model, ids, length=length, stride=length // 2, bos=start)
+        scores = perplexity_scores(nll, tokens, sum(len(d.encode()) for d in documents))
+        kind = {"objective": "clm", "data": bad.summary()}
+    say(scores.text())
+    report = build_report(title=f"evaluate: {run.model}", config_hash=config_hash(run), test=scores, **kind)
+    if run.out:
+        write_report(Path(run.out), report)
+    return report.model_dump(mode="json")
+
+
+def predict(run: PredictRun) -> dict[str, Any]:
+    """Each record comes out with the prediction beside its own fields, in order, as soon as its batch is done."""
+    loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
+    bad = BadRows(limit=run.max_bad_rows)
+    first, records = peek(read_records(Path("/dev/stdin") if run.input == "-" else run.input, bad=bad))
+    assert first is not None
+    columns = find_columns(first, text=run.text, pair=run.text_pair, label=None, need_label=False)
+    columns = columns._replace(label=None)
+    stream = bad.sift(records, lambda record: (record.fields, usable_row(record, columns)))
+    with writer(run.output) as file:
+        while some := list(islice(stream, run.batch)):
+            pairs = [row.pair or "" for _, row in some] if columns.pair else None
+            for (fields, _), answer in zip(
+                some, loaded.predict([row.text for _, row in some], pairs), strict=True
+            ):
+                file.write(
+                    json.dumps({**fields, "prediction": answer}, ensure_ascii=False, default=str) + "\n"
+                )
+            file.flush()
+    return {"data": bad.summary()}
+
+
+@contextmanager
+def writer(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        yield sys.stdout
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise RonnaError(
+            f"cannot be written: {error.strerror}", where=path, fix="choose another --output"
+        ) from None
+
+
+def generate_run(run: GenerateRun) -> dict[str, Any]:
+    """What the model writes after each prompt."""
+    loaded = load(run.model, device=run.device, precision=run.precision)
+    made = loaded.generate(run.prompt, run.decoding)
+    lines = [{"prompt": p, "text": g.text, "finish": g.finish} for p, g in zip(run.prompt, made, strict=True)]
+    return {"lines": lines}

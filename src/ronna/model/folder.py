@@ -1,0 +1,309 @@
+"""Hugging Face model folders: config.json and safetensors, in the names and layout of transformers."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ronna.base.errors import RonnaError
+from ronna.model import config as c
+from ronna.model.families import (
+    Family,
+    Weight,
+    family_of,
+    label_maps,
+    locate,
+    read_config,
+    read_config_json,
+)
+from ronna.model.init import initialise
+from ronna.model.tensorfiles import TensorFiles, dtype_name, write_tensors
+from ronna.model.transformer import Transformer
+
+# Architectures whose folders hold a vocabulary head even where it has no weights of its own.
+LANGUAGE_MODEL = re.compile(r"LM|Generation|PreTraining|MTModel")
+# What another program wrote about its own file and would be wrong about ours.
+STALE = {"_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels"}
+LABELS = {"id2label", "label2id", "problem_type"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model read from a folder, its config.json as it stands, and what was left out or is new."""
+
+    model: Transformer
+    family: Family
+    config: dict[str, Any]
+    notes: list[str]
+
+
+def load_folder(
+    path: str | Path,
+    *,
+    head: bool | Literal["auto"] = "auto",
+    classifier: c.Classifier | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """The model in a Hugging Face folder, on the CPU, with parameters in `dtype`.
+
+    head: with or without the vocabulary head; "auto" takes the heads that the folder has, its classifier
+    included. classifier: have this one (whatever `head` says). What is wanted and not in the folder is drawn
+    from `seed`, what is there and not wanted is left out; `notes` tell. Weights are read one at a time.
+    Raises RonnaError for families and settings we do not support, for missing, unknown or misshapen weights,
+    and for folders with pickled weights only.
+    """
+    folder = Path(path)
+    config = read_config_json(folder)
+    family, cfg = read_config(folder)
+    with TensorFiles(folder) as files:
+        stored = Stored(files, family, str(folder))
+        if head == "auto":
+            head, classifier = stored.has_head(cfg, config), classifier or cfg.classifier
+        cfg = replace(cfg, head=cfg.head if head else None, classifier=classifier)
+        cfg = stored.settle_duplicates(cfg)
+        with torch.device("meta"):
+            model = Transformer(cfg).to(dtype)
+        places, fresh, notes = stored.match(model)
+        model.to_empty(device="cpu")
+        model.tie()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in places:
+                    parameter.copy_(stored.read(places[name], parameter.ndim))
+    if fresh:
+        initialise(model, seed, only=fresh)
+        notes.append(f"not in {folder}, drawn anew: {listed(sorted(fresh))}")
+    return Loaded(model, family, config, notes)
+
+
+class Stored:
+    """The weights of a folder under the full names of their family.
+
+    Folders of a base model leave out the family's prefix, and very old ones call LayerNorm's weights
+    gamma and beta. `keys` maps the full names to those in the files.
+    """
+
+    def __init__(self, files: TensorFiles, family: Family, where: str):
+        self.files, self.family, self.where = files, family, where
+        prefix = family.prefix
+        bare = not any(key.startswith(prefix) for key in files.names)
+        self.keys: dict[str, str] = {}
+        for key in files.names:
+            full = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
+            full = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", full)
+            if bare and not re.match(family.heads, full):
+                full = prefix + full
+            if not re.match(family.ignored, full):
+                self.keys[full] = key
+
+    def has_head(self, cfg: c.Model, config: Mapping[str, Any]) -> bool:
+        """Whether the folder holds a vocabulary head: its own logits, or an architecture that ties them."""
+        names = self.family.names(cfg)
+        own = [locate(names, n).name for n in parameter_names(cfg) if n.startswith("head.logits.")]
+        if own:
+            return any(name in self.keys for name in own)
+        classes = config.get("architectures") or []
+        return not classes or any(LANGUAGE_MODEL.search(name) for name in classes)
+
+    def settle_duplicates(self, cfg: c.Model) -> c.Model:
+        """Set aside copies of tied weights. RonnaError for one that differs, unless it means two matrices."""
+        for copy, original in self.family.duplicates(cfg).items():
+            if copy not in self.keys:
+                continue
+            if original not in self.keys:
+                self.keys[original] = self.keys.pop(copy)
+            elif self.same(copy, original):
+                del self.keys[copy]
+            elif self.family.unties(cfg) and cfg.head and copy == self.output(cfg):
+                cfg = replace(cfg, head=replace(cfg.head, tied=False))
+            else:
+                raise RonnaError(
+                    f"{copy} and {original} are one matrix by config.json, but differ",
+                    where=self.where,
+                    fix='set "tie_word_embeddings": false in config.json if two are meant',
+                )
+        return cfg
+
+    def output(self, cfg: c.Model) -> str | None:
+        names = self.family.names(cfg)
+        return locate(names, "head.logits.weight").name if "head.logits" in names else None
+
+    def same(self, a: str, b: str) -> bool:
+        shape = self.files.shape(self.keys[a])
+        if shape != self.files.shape(self.keys[b]):
+            return False
+        first, second = (self.files.read(self.keys[k], 0, shape[0], 0) for k in (a, b))
+        return torch.equal(first.float(), second.float())
+
+    def match(self, model: Transformer) -> tuple[dict[str, Weight], set[str], list[str]]:
+        """Where each parameter lies, which are to be drawn, and notes on what is left out."""
+        names = self.family.names(model.cfg)
+        places, fresh, absent, replaced = {}, set(), [], []
+        for name, parameter in model.named_parameters():
+            weight = locate(names, name)
+            in_head = name.startswith(("head.", "classifier."))
+            if weight.name not in self.keys:
+                fresh.add(name) if in_head else absent.append(weight.name)
+            elif (
+                name.startswith("classifier.out.")
+                and self.files.shape(self.keys[weight.name]) != parameter.shape
+            ):
+                fresh.add(name)
+                replaced.append(weight.name)
+            else:
+                self.check_shape(weight, tuple(parameter.shape))
+                places[name] = weight
+        if absent:
+            raise RonnaError(
+                f"weights are missing: {listed(absent)}", where=self.where, fix="get the whole folder"
+            )
+        extra = sorted(self.keys.keys() - {w.name for w in places.values()} - set(replaced))
+        unknown = [key for key in extra if not re.match(self.family.heads, key)]
+        if unknown:
+            raise RonnaError(
+                f"weights that no part of this {self.family.name} model has: {listed(unknown)}",
+                where=self.where,
+                fix="check that config.json belongs to these weights",
+            )
+        notes = [f"{listed(replaced)}: made for another number of labels"] if replaced else []
+        return places, fresh, notes + ([f"left out of {self.where}: {listed(extra)}"] if extra else [])
+
+    def check_shape(self, weight: Weight, ours: tuple[int, ...]) -> None:
+        wanted = stored_shape(weight, ours)
+        found = self.files.shape(self.keys[weight.name])
+        if found != wanted:
+            raise RonnaError(
+                f"{weight.name} has shape {list(found)}, by config.json it is {list(wanted)}",
+                where=self.where,
+                fix="check that config.json belongs to these weights",
+            )
+
+    def read(self, weight: Weight, ndim: int) -> Tensor:
+        """One of our tensors, cut out of the stored one where it is fused there."""
+        key = self.keys[weight.name]
+        flipped = weight.row or (weight.transpose and ndim == 2)
+        rows = self.files.shape(key)[1 if flipped else 0] // weight.parts
+        tensor = self.files.read(key, weight.part * rows, (weight.part + 1) * rows, 1 if flipped else 0)
+        return tensor[0] if weight.row else tensor.T if flipped else tensor
+
+
+def stored_shape(weight: Weight, ours: tuple[int, ...]) -> tuple[int, ...]:
+    whole = (ours[0] * weight.parts, *ours[1:])
+    if weight.row:
+        return (1, *whole)
+    return whole[::-1] if weight.transpose else whole
+
+
+def parameter_names(cfg: c.Model) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a model, tied ones once."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Transformer(cfg).named_parameters()}
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def save_folder(
+    model: Transformer,
+    family: Family,
+    folder: str | Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    labels: list[str] | None = None,
+    problem_type: str | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    dtype: torch.dtype | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors as transformers would, so that it loads them as they are.
+
+    tensors: the state to write instead of the model's own (a copy, an average). labels: names of the
+    classifier's scores; problem_type as transformers calls it. Shards are written above max_shard_bytes.
+    dtype: None keeps each tensor's. extra_config: further keys, say those of the folder a model came from;
+    what the model itself says wins, except for token ids and, where they fit, label names.
+
+    Raises RonnaError for a model that the family's folders cannot express, OSError or SafetensorError where
+    the disk refuses.
+    """
+    cfg, folder = model.cfg, Path(folder)
+    config = merged_config(family, cfg, labels, problem_type, extra_config or {})
+    refuse_untrue(family, cfg, config)
+    state = model.state_dict() if tensors is None else tensors
+    bare = family.prefix if cfg.head is None and cfg.classifier is None else ""
+    names, pieces = family.names(cfg), dict[str, list[tuple[Weight, str]]]()
+    for name in parameter_names(cfg):
+        weight = locate(names, name)
+        pieces.setdefault(weight.name.removeprefix(bare), []).append((weight, name))
+    sizes = {
+        key: sum(state[name].numel() * (dtype or state[name].dtype).itemsize for _, name in parts)
+        for key, parts in sorted(pieces.items())
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
+    config["dtype"] = dtype_name(dtype or state["embedding.tokens.weight"].dtype)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def fuse(parts: list[tuple[Weight, str]], state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+    """The stored tensor that our tensors make up; the inverse of `Stored.read`."""
+    found = [state[name].detach() for _, name in sorted(parts, key=lambda p: p[0].part)]
+    whole = torch.cat(found) if len(found) > 1 else found[0]
+    weight = parts[0][0]
+    whole = whole[None] if weight.row else whole.T if weight.transpose and whole.ndim == 2 else whole
+    return whole.to("cpu", dtype or whole.dtype)
+
+
+def merged_config(
+    family: Family, cfg: c.Model, labels: list[str] | None, problem_type: str | None, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    config = family.to_hf(cfg)
+    dropped = config.keys() | STALE | LABELS
+    config |= {k: v for k, v in extra.items() if k not in dropped or k.endswith("_token_id")}
+    if labels is None and cfg.classifier and len(extra.get("id2label") or {}) == cfg.classifier.labels:
+        config |= {k: extra[k] for k in LABELS & extra.keys()}
+    if labels is not None:
+        if cfg.classifier is None or len(labels) != cfg.classifier.labels:
+            scores = cfg.classifier.labels if cfg.classifier else 0
+            raise RonnaError(f"{len(labels)} names for {scores} scores", fix="give one name for each label")
+        config |= label_maps(labels)
+    if problem_type is not None:
+        config["problem_type"] = problem_type
+    return config
+
+
+def refuse_untrue(family: Family, cfg: c.Model, config: dict[str, Any]) -> None:
+    """RonnaError unless the config.json, read again, describes the same computation."""
+    back = family_of(config).from_hf(config)
+    back = replace(back, head=back.head if cfg.head else None)
+    if found := difference(computation(cfg), computation(back), "model"):
+        raise RonnaError(
+            f"{family.name} folders cannot express this model: {found}",
+            fix="change that part, or save it with the family that it belongs to",
+        )
+
+
+def computation(cfg: c.Model) -> c.Model:
+    """The model without what makes no difference to its outputs."""
+    return replace(c.with_dropout(cfg, 0.0), init=c.Init(), context=None)
+
+
+def difference(a: Any, b: Any, path: str) -> str | None:
+    """The first place where two trees of parts differ, in words."""
+    if a == b:
+        return None
+    if is_dataclass(a) and type(a) is type(b):
+        pairs = [(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}") for f in fields(a)]
+    elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        pairs = [(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return f"{path} is {a!r}, there it is {b!r}"
+    return next(found for x, y, where in pairs if (found := difference(x, y, where)))

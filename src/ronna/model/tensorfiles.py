@@ -1,0 +1,149 @@
+"""The safetensors files of a model folder: one, or shards with an index. Pickled weights are never read."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ronna.base.errors import RonnaError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+AGAIN = "copy or download the folder again"
+
+
+class TensorFiles:
+    """The tensors of a folder by key, read from the disk one at a time; a context manager.
+
+    Raises RonnaError where the folder has no safetensors, or a file is missing, cut or not as indexed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        single = folder / SINGLE
+        if single.is_file():
+            file = self._open(single)
+            self._files = dict.fromkeys(file.keys(), file)
+        elif (folder / INDEX).is_file():
+            self._open_shards(folder / INDEX)
+        else:
+            raise self._no_weights()
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._stack.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise RonnaError(f"cannot be read: {error}", where=str(path), fix=AGAIN) from None
+
+    def _open_shards(self, index: Path) -> None:
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise RonnaError("not an index of weights", where=str(index), fix=AGAIN) from None
+        files: dict[str, Any] = {}
+        held: set[tuple[str, str]] = set()
+        for key, name in places:
+            # A name with a path in it could make us read any file of this machine.
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise RonnaError(f"{name!r} is not a file name of this folder", where=str(index), fix=AGAIN)
+            if name not in files:
+                files[name] = self._open(self.folder / name)
+                held |= {(name, stored) for stored in files[name].keys()}  # noqa: SIM118
+            if (name, key) not in held:
+                raise RonnaError(f"{name} does not hold {key}", where=str(index), fix=AGAIN)
+            self._files[key] = files[name]
+
+    def _no_weights(self) -> RonnaError:
+        pickled = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
+        if not pickled:
+            return RonnaError(f"no {SINGLE}", where=str(self.folder), fix=AGAIN)
+        return RonnaError(
+            f"only pickled weights ({', '.join(pickled[:3])}); reading them could run code of a stranger",
+            where=str(self.folder),
+            fix="convert them once where that is safe, with transformers: "
+            "AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR), or the class named in config.json",
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape as stored. Raises RonnaError for tensors that are not floating point (quantized weights)."""
+        piece = self._files[key].get_slice(key)
+        if piece.get_dtype() not in FLOATS:
+            raise RonnaError(
+                f"{key} holds {piece.get_dtype()} numbers",
+                where=str(self.folder),
+                fix="use the original weights",
+            )
+        return tuple(piece.get_shape())
+
+    def read(self, key: str, start: int, stop: int, dim: int) -> Tensor:
+        """The stored tensor from `start` up to `stop` along `dim` (0 or 1); only that part is read."""
+        piece = self._files[key].get_slice(key)
+        try:
+            part: Tensor = piece[start:stop] if dim == 0 else piece[:, start:stop]
+        except SafetensorError as error:
+            raise RonnaError(f"{key} cannot be read: {error}", where=str(self.folder), fix=AGAIN) from None
+        return part
+
+
+def write_tensors(
+    folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], max_shard_bytes: int
+) -> None:
+    """Write the tensors that `make` returns by key, sharded as transformers does; `sizes` are their bytes.
+
+    One shard's tensors are in memory at a time. Older weights in the folder go, since a reader that finds
+    both kinds takes the wrong ones. Raises OSError or SafetensorError where the disk refuses.
+    """
+    groups = shards(sizes, max_shard_bytes)
+    for old in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX):
+        old.unlink(missing_ok=True)
+    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    if len(groups) == 1:
+        names = [SINGLE]
+    count = 0
+    for name, keys in zip(names, groups, strict=True):
+        tensors = {key: make(key).contiguous() for key in keys}
+        count += sum(t.numel() for t in tensors.values())
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(groups) > 1:
+        index = {
+            "metadata": {"total_parameters": count, "total_size": sum(sizes.values())},
+            "weight_map": {key: name for name, keys in zip(names, groups, strict=True) for key in keys},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Consecutive keys that stay within `limit` bytes together; a larger tensor has a shard of its own."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for key, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(key)
+        used += size
+    return groups
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

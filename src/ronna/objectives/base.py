@@ -1,0 +1,116 @@
+"""What the training loop asks of an objective, and the one way samples become a batch.
+
+Legend: T flat tokens, B sequences, M predicted positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ronna.model.sequences import Sequences
+from ronna.model.transformer import Transformer
+
+
+@dataclass
+class Sample:
+    """One sequence as numpy arrays; `predict` are the places in it whose hidden state must give `labels`."""
+
+    tokens: np.ndarray
+    predict: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    source: np.ndarray | None = None  # what an encoder-decoder reads
+    target: Any = None  # of the whole sequence: a class, a score, a row of label flags
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples laid end to end. `counts` says over how many items each term of the loss is a mean."""
+
+    tokens: Tensor  # (T,)
+    sequences: Sequences
+    counts: dict[str, int] = field(default_factory=dict)
+    segments: Tensor | None = None  # (T,)
+    predict: Tensor | None = None  # (M,) indices into the flat tokens
+    labels: Tensor | None = None  # (M,)
+    source: Tensor | None = None
+    source_sequences: Sequences | None = None
+    targets: Tensor | None = None  # (B,) or (B, labels)
+
+    @property
+    def real_tokens(self) -> int:
+        return len(self.tokens) + (0 if self.source is None else len(self.source))
+
+    @property
+    def computed_positions(self) -> int:
+        """Cells of the rectangles that attention works on where it needs rectangles."""
+        views = [s.packed for s in (self.sequences, self.source_sequences) if s]
+        return sum(v.rows * v.columns for v in views)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Each term of the loss as a sum, not a mean; `stats` are sums worth reporting (correct predictions)."""
+
+    sums: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Turns an item of the data into samples, and a model's view of a batch into a loss."""
+
+    def samples(self, item: Any, rng: np.random.Generator) -> list[Sample]: ...
+
+    def counts(self, batch: Batch) -> dict[str, int]: ...
+
+    def loss(self, model: Transformer, batch: Batch) -> Loss: ...
+
+
+def collate(objective: Objective, samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
+    """Lay samples end to end. Optional fields must be present in all samples or in none."""
+    lengths = np.array([len(s.tokens) for s in samples], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    first = samples[0]
+
+    def join(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+    def joined(name: str) -> Tensor | None:
+        return None if getattr(first, name) is None else join([getattr(s, name) for s in samples])
+
+    predict = targets = source_sequences = None
+    if first.predict is not None:
+        predict = join([s.predict + start for s, start in zip(samples, starts, strict=True)])
+    if first.target is not None:
+        targets = torch.from_numpy(np.asarray([s.target for s in samples])).to(device)
+    if first.source is not None:
+        source_sequences = Sequences.of([len(s.source) for s in samples], device)  # type: ignore[arg-type]
+    batch = Batch(
+        tokens=join([s.tokens for s in samples]),
+        sequences=Sequences(torch.from_numpy(lengths), device=device),
+        segments=joined("segments"),
+        predict=predict,
+        labels=joined("labels"),
+        source=joined("source"),
+        source_sequences=source_sequences,
+        targets=targets,
+    )
+    return replace(batch, counts=objective.counts(batch))
+
+
+def last_states(model: Transformer, batch: Batch) -> Tensor:
+    """The last stack's hidden states (T, C) of a batch, encoder-decoders included."""
+    memory = None
+    if batch.source is not None and batch.source_sequences is not None:
+        memory = model.encode(batch.source, batch.source_sequences)
+    return model.hidden(batch.tokens, batch.sequences, batch.segments, memory)
+
+
+def at_predicted(hidden: Tensor, batch: Batch) -> Tensor:
+    """Hidden states (M, C) of the positions to predict; a view where these are all positions."""
+    assert batch.predict is not None
+    return hidden if len(batch.predict) == len(hidden) else hidden.index_select(0, batch.predict)

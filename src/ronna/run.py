@@ -1,0 +1,218 @@
+"""A run from its file to its folder: assemble, check, train, test, save, report."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ronna.assemble import Parts, assemble_finetune, assemble_pretrain
+from ronna.base.config import dump_toml
+from ronna.base.device import choose_device, choose_precision, peak_resident_bytes, seed_for
+from ronna.base.errors import RonnaError
+from ronna.base.track import Tracker, say
+from ronna.model.folder import load_folder, save_folder
+from ronna.report import build_report, write_report
+from ronna.runfile import FinetuneRun, PretrainRun
+from ronna.train.checkpoint import load_latest
+from ronna.train.checkpointer import Checkpointer
+from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
+from ronna.train.feed import Feed, length_plan, row_plan
+from ronna.train.loop import Interrupted, Progress, Run
+from ronna.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from ronna.train.schedule import lr_scale
+
+AnyRun = PretrainRun | FinetuneRun
+
+# What may change between a run and its resumption without changing a single weight.
+FREE = {"out": True, "device": True, "track": True, "train": {"log_every", "keep", "save_every"}}
+
+
+def identity(run: AnyRun) -> str:
+    """sha256 of everything in a run file that the weights depend on."""
+    text = json.dumps(run.model_dump(mode="json", exclude=FREE), sort_keys=True)  # type: ignore[arg-type]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Training:
+    """One run, ready to start or to go on: `prepare_run` makes it, `execute` runs it."""
+
+    def __init__(self, run: AnyRun, parts: Parts, device: torch.device, resume: bool):
+        self.run, self.parts, self.device, self.resume = run, parts, device, resume
+        self.out = Path(run.out)
+        config = run.train
+        micro = config.micro_batch or config.batch
+        if parts.lengths is None:
+            plan, per_epoch = row_plan(len(parts.data), run.seed, config.batch, micro)
+        else:
+            plan, per_epoch = length_plan(parts.lengths, run.seed, config.batch, micro)
+        self.feed = Feed(parts.objective, parts.data, plan, run.seed, device)
+        self.total_steps = config.steps or max(1, round((config.epochs or 1) * per_epoch))
+        self.hashes = parts.hashes | {"config": identity(run)}
+        self.notes: list[str] = []
+
+    def check(self) -> list[Check]:
+        """The checks of `doctor`, on the first step's samples."""
+        first = self.feed.samples(0)
+        return check_start(self.parts.model, self.parts.objective, [s for micro in first for s in micro])
+
+    def execute(self) -> dict[str, Any]:
+        """Train, test, save; returns the report. Raises Interrupted when asked to stop (everything is saved)."""
+        parts, run = self.parts, self.run
+        progress = self.restore()
+        for note in self.notes:
+            say(note)
+        refuse_failed(self.check())
+        optimizers = build_optimizer(run.optim, parts.model.named_parameters())
+        if self.checkpoint is not None:
+            tensors = self.checkpoint.tensors("optimizer")
+            load_optimizer_tensors(optimizers, parts.model.named_parameters(), tensors)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
+        track = run.track
+        tracker = Tracker(
+            self.out,
+            tensorboard=track.tensorboard,
+            wandb=track.wandb,
+            trackio=track.trackio,
+            total_steps=self.total_steps,
+        )
+        root = self.out / "checkpoints"
+        with tracker, Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep) as saver:
+            if self.resume:
+                tracker.resume(progress.step + 1)
+
+            def save(now: Progress) -> None:
+                saver.save(
+                    now.step,
+                    tensors={"optimizer": optimizer_tensors(optimizers, parts.model.named_parameters())},
+                    model=parts.model.state_dict(),
+                    write_model=self.write_tensors,
+                    state=now.to_json(),
+                )
+
+            loop = Run(
+                parts.model, parts.objective, self.feed, optimizers, run.schedule, run.train, self.total_steps,
+                run.seed, tracker, progress, parts.evaluate, save,
+                self.keep_best if isinstance(run, FinetuneRun) else None, saved_step=progress.step,
+            )  # fmt: skip
+            if progress.step == 0:
+                peak = float(optimizers[0].param_groups[0]["initial_lr"])
+                loop.hooks.append(
+                    FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps))
+                )
+            progress = loop.train()
+        return self.finish(progress)
+
+    def restore(self) -> Progress:
+        """Weights and counters of the newest whole checkpoint, if this is a resumption that has one."""
+        self.checkpoint = load_latest(self.out / "checkpoints", expect=self.hashes) if self.resume else None
+        if self.checkpoint is None:
+            return Progress()
+        self.notes += [*self.checkpoint.notes, f"resuming from {self.checkpoint.path.name}"]
+        cfg = self.parts.model.cfg
+        saved = load_folder(self.checkpoint.model_dir, head=cfg.head is not None, classifier=cfg.classifier)
+        self.parts.model.load_state_dict(saved.model.state_dict())
+        return Progress(**self.checkpoint.state)
+
+    def write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        self.write_model(folder, tensors)
+
+    def write_model(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+        parts = self.parts
+        save_folder(
+            parts.model,
+            parts.family,
+            folder,
+            tensors=tensors,
+            labels=parts.labels,
+            problem_type=parts.problem_type,
+        )
+        parts.tokenizer.save(folder)
+
+    def keep_best(self) -> None:
+        """Put the present weights at out/model, whole or not at all."""
+        final, fresh, old = self.out / "model", self.out / "model.new", self.out / "model.old"
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.write_model(fresh)
+        if final.exists():
+            os.rename(final, old)
+        os.rename(fresh, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def finish(self, progress: Progress) -> dict[str, Any]:
+        """Test the model that is kept, and write the report."""
+        if progress.best is None or isinstance(self.run, PretrainRun):
+            self.keep_best()
+        cfg = self.parts.model.cfg
+        best = self.parts.model
+        if isinstance(self.run, FinetuneRun) and progress.best_step != progress.step:
+            best = load_folder(self.out / "model", head=cfg.head is not None, classifier=cfg.classifier).model
+        best.compute = self.parts.model.compute
+        scores = self.parts.test(best.to(self.device))
+        for name, measured in scores.items():
+            say(f"{name}:\n{measured.text()}")
+        kinds = {"objective": self.run.objective.kind} if isinstance(self.run, PretrainRun) else {"task": self.run.task.kind}
+        last = {k: v for k, v in progress.history[-1].items() if k != "step"} if progress.history else {}
+        report = build_report(
+            title=f"{self.run.verb}: {self.run.model.name}",
+            **kinds,
+            test=scores.get("test"),
+            validation=scores.get("validation", last),
+            train=training_account(progress),
+            memory={"peak_bytes": peak_resident_bytes(), "planned_bytes": None},
+            data=self.parts.account,
+            config_hash=self.hashes["config"],
+            evaluations=progress.history,
+            parameters=cfg.params(),
+        )
+        write_report(self.out, report)
+        return report.model_dump(mode="json")
+
+
+def training_account(p: Progress) -> dict[str, Any]:
+    return {
+        "steps": p.step,
+        "best_step": p.best_step,
+        "tokens": p.tokens,
+        "seconds": round(p.seconds, 3),
+        "tokens_per_second": round(p.tokens / max(p.seconds, 1e-9), 1),
+        "packing": round(p.tokens / max(p.positions, 1), 5),
+        "skipped_steps": p.skipped,
+    }
+
+
+def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
+    """Everything of a run but the running: data read, model built, on the device, in the chosen precision."""
+    out = Path(run.out)
+    if (out / "metrics.jsonl").exists() and not resume:
+        raise RonnaError(
+            "this folder holds a run already", where=str(out), fix="add --resume, or choose another out"
+        )
+    torch.manual_seed(seed_for(run.seed))
+    device = choose_device(run.device)
+    dtype, reason = choose_precision(run.train.precision, device)
+    parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run)
+    parts.model.compute = dtype
+    parts.model.to(device)
+    cfg = parts.model.cfg
+    say(
+        f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})"
+    )
+    return Training(run, parts, device, resume)
+
+
+def execute(run: AnyRun, *, resume: bool = False) -> dict[str, Any]:
+    began = time.perf_counter()
+    report = prepare_run(run, resume=resume).execute()
+    say(f"done in {time.perf_counter() - began:,.0f} s: {Path(run.out) / 'report.html'}")
+    return report
+
+
+__all__ = ["Interrupted", "Training", "execute", "identity", "prepare_run"]

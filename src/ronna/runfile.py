@@ -1,0 +1,156 @@
+"""What a run file may say: one frozen model per verb."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ronna.base.config import Config
+from ronna.base.track import WandbConfig
+from ronna.objectives.clm import CLMConfig
+from ronna.objectives.denoise import DenoiseConfig
+from ronna.objectives.mlm import MLMConfig
+from ronna.serve.sampling import GenerateConfig
+from ronna.tasks.classify import ClassifyConfig
+from ronna.text.clean import CleanConfig
+from ronna.text.training import TokenizerConfig
+from ronna.train.loop import TrainConfig
+from ronna.train.optim import AdamW, OptimizerConfig
+from ronna.train.schedule import Linear, Schedule
+
+
+class ModelConfig(Config):
+    name: str  # a model folder, or a preset's name
+    dropout: float | None = Field(None, ge=0, lt=1)  # None: as the folder or the family has it
+    scratch: bool = False  # a folder's architecture with new weights, to compare with
+
+
+class TrackConfig(Config):
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+    trackio: bool = False
+
+
+class ShardsConfig(Config):
+    train: str  # folder written by `ronna prepare`
+    validation: str | None = None  # another; None: the train folder's `validation` neighbour, if there is one
+    validation_rows: int = Field(256, ge=1)  # packed rows to measure the validation loss on
+
+
+class RecordsConfig(Config):
+    """Files of labelled records; columns are guessed where they are not named."""
+
+    train: str
+    validation: str | None = None  # None: 10% of train, by a hash of the text
+    test: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    limit: int | None = Field(None, ge=1)  # training rows
+    max_bad_rows: int = Field(0, ge=0)
+    allow_overlap: bool = False  # rows of train that also stand in validation or test
+
+
+class PretrainRun(Config):
+    verb: Literal["pretrain"] = "pretrain"
+    out: str
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    model: ModelConfig
+    data: ShardsConfig
+    objective: Annotated[MLMConfig | CLMConfig | DenoiseConfig, Field(discriminator="kind")]
+    optim: OptimizerConfig = AdamW()
+    schedule: Schedule = Linear(warmup=0.05)
+    train: TrainConfig
+    track: TrackConfig = TrackConfig()
+
+
+class FinetuneRun(Config):
+    verb: Literal["finetune"] = "finetune"
+    out: str
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    model: ModelConfig
+    data: RecordsConfig
+    task: ClassifyConfig = ClassifyConfig()
+    optim: OptimizerConfig = AdamW(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    schedule: Schedule = Linear(warmup=0.06)
+    train: TrainConfig = TrainConfig(epochs=3)
+    track: TrackConfig = TrackConfig()
+
+
+class PrepareRun(Config):
+    """Text files -> clean, deduplicated, tokenized shards: OUT/train and OUT/validation."""
+
+    verb: Literal["prepare"] = "prepare"
+    out: str
+    input: tuple[str, ...] = Field(min_length=1)  # files, globs, or a folder of splits
+    tokenizer: str
+    text: str = "text"  # column of the documents
+    validation: float = Field(
+        0.01, ge=0, lt=1
+    )  # share of documents held out, where the input has no such split
+    clean: CleanConfig = CleanConfig()
+    shard_tokens: int = Field(2**26, ge=1024)
+    max_bad_rows: int = Field(0, ge=0)
+
+
+class TokenizerRun(Config):
+    verb: Literal["tokenizer train"] = "tokenizer train"
+    out: str
+    input: tuple[str, ...] = Field(min_length=1)
+    text: str = "text"
+    max_bad_rows: int = Field(0, ge=0)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+class InspectRun(Config):
+    verb: Literal["data inspect"] = "data inspect"
+    input: tuple[str, ...] = Field(min_length=1)
+    tokenizer: str | None = None  # to count tokens with
+    text: str | None = None
+    label: str | None = None
+    max_bad_rows: int = Field(1_000_000, ge=0)  # looking at data must not stop at what it is to find
+
+
+class EvaluateRun(Config):
+    verb: Literal["evaluate"] = "evaluate"
+    model: str
+    data: tuple[str, ...] = Field(min_length=1)
+    out: str | None = None  # folder for the report
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    length: int = Field(512, ge=8)  # tokens of a sequence, or of a window of a language model
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    max_bad_rows: int = Field(0, ge=0)
+
+
+class PredictRun(Config):
+    verb: Literal["predict"] = "predict"
+    model: str
+    input: str = "-"
+    output: str = "-"
+    text: str | None = None
+    text_pair: str | None = None
+    length: int = Field(512, ge=8)
+    batch: int = Field(256, ge=1)  # records read at a time
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    max_bad_rows: int = Field(0, ge=0)
+
+
+class GenerateRun(Config):
+    verb: Literal["generate"] = "generate"
+    model: str
+    prompt: tuple[str, ...] = Field(min_length=1)
+    decoding: GenerateConfig = GenerateConfig()
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class DoctorRun(Config):
+    """The checks of a run file before it starts; `run` is the path of one."""
+
+    verb: Literal["doctor"] = "doctor"
+    run: str

@@ -1,0 +1,266 @@
+"""Text classification: one label, any number of labels, or a score, for one text or a pair of texts.
+
+Legend: B sequences, K labels.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ronna.base.config import Config
+from ronna.base.errors import RonnaError
+from ronna.data.badrows import BadRow, BadRows
+from ronna.data.sources import Record
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Batch, Loss, Sample, collate, last_states
+from ronna.tasks.encoding import encode_inputs
+from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
+from ronna.tasks.schema import Columns
+from ronna.text.tokenizer import Tokenizer
+
+Problem = Literal["single", "multi", "regression"]
+PROBLEM_TYPES: dict[Problem, str] = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+class ClassifyConfig(Config):
+    kind: Literal["classify"] = "classify"
+    problem: Literal["auto", "single", "multi", "regression"] = "auto"
+    truncation: Literal["cut", "refuse"] = "cut"  # of texts longer than train.length; what is cut is counted
+    threshold: float = 0.5  # probability above which a label of a multi-label problem is given
+
+
+class Row(NamedTuple):
+    text: str
+    pair: str | None
+    label: Any
+
+
+class Example(NamedTuple):
+    """A tokenized row; `target` is a class id, a score or flags (K,), None where unlabelled."""
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    target: Any
+
+
+def read_rows(records: Iterable[Record], columns: Columns, bad: BadRows) -> Iterator[Row]:
+    """Rows with a usable text and label; others are set aside with their place."""
+    return bad.sift(records, lambda record: usable_row(record, columns))
+
+
+def usable_row(record: Record, columns: Columns) -> Row:
+    """Raises BadRow where the text or the label is not one."""
+    texts: list[str | None] = []
+    for column in (columns.text, columns.pair):
+        value = record.fields.get(column) if column else None
+        if column and not isinstance(value, str):
+            raise BadRow("text is not a string", f"{column} = {value!r}"[:200])
+        if isinstance(value, str) and not value.strip():
+            raise BadRow("empty text", str(column))
+        texts.append(value)
+    label = usable_label(record.fields.get(columns.label), columns.label) if columns.label else None
+    return Row(texts[0] or "", texts[1], label)
+
+
+def usable_label(label: Any, column: str) -> Any:
+    if isinstance(label, list):
+        return [usable_label(x, column) for x in label]
+    if label is None or label == "":
+        raise BadRow("no label", f"{column} is empty")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise BadRow("label is not a number or a name", f"{column} = {label}")
+    if isinstance(label, dict):
+        raise BadRow("label is not a number or a name", f"{column} is an object")
+    return label
+
+
+def label_name(label: Any) -> str:
+    """1, 1.0 and "1" are the same label: a CSV with a blank somewhere must not rename its classes."""
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return str(label)
+
+
+def detect_problem(labels: Sequence[Any]) -> Problem:
+    if any(isinstance(x, list) for x in labels):
+        return "multi"
+    if any(isinstance(x, float) and not x.is_integer() for x in labels):
+        return "regression"
+    return "single"
+
+
+def collect_labels(labels: Sequence[Any], problem: Problem) -> list[str]:
+    """Label names in a stable order: by number where all are numbers, else by name."""
+    if problem == "regression":
+        return ["score"]
+    names = {label_name(x) for label in labels for x in (label if isinstance(label, list) else [label])}
+    numeric = all(n.lstrip("-").isdigit() for n in names)
+    return sorted(names, key=int) if numeric else sorted(names)
+
+
+@dataclass(frozen=True)
+class Classify:
+    """The task as an objective, and its way back from scores to labels."""
+
+    config: ClassifyConfig
+    tokenizer: Tokenizer
+    problem: Problem
+    labels: list[str]
+    length: int
+
+    def check_labels(self, rows: Sequence[Row], where: str) -> None:
+        """Raises RonnaError for a label that the training data does not have."""
+        if self.problem == "regression":
+            return
+        known = set(self.labels)
+        for row in rows:
+            for label in row.label if isinstance(row.label, list) else [row.label]:
+                if label_name(label) not in known:
+                    raise RonnaError(
+                        f"label {label!r} is not among the {len(known)} labels of the training data "
+                        f"({', '.join(self.labels[:12])}{', ...' if len(known) > 12 else ''})",
+                        where=where,
+                        fix="correct it, or add training rows that have it",
+                    )
+
+    def target(self, label: Any) -> Any:
+        if label is None:
+            return None
+        match self.problem:
+            case "regression":
+                try:
+                    return np.float32(label)
+                except (TypeError, ValueError):
+                    raise RonnaError(
+                        f"score {label!r} is not a number", fix="or set task.problem=single"
+                    ) from None
+            case "single":
+                return self.labels.index(label_name(label))
+        given = {label_name(x) for x in label}
+        return np.array([name in given for name in self.labels], dtype=np.float32)
+
+    def encode(self, rows: Sequence[Row], accounts: dict[str, int] | None = None) -> list[Example]:
+        """Tokenize; texts over the length are cut (the longer of a pair first) and counted, or refused."""
+        pairs = [r.pair for r in rows] if rows and rows[0].pair is not None else None
+        encoded = encode_inputs(self.tokenizer, [r.text for r in rows], pairs, self.length)  # type: ignore[arg-type]
+        cut = sum(e.truncated for e in encoded)
+        if cut and self.config.truncation == "refuse":
+            place = next(i for i, e in enumerate(encoded) if e.truncated)
+            raise RonnaError(
+                f"{cut} texts are longer than {self.length} tokens, the first is row {place + 1}",
+                fix="raise train.length, or set task.truncation=cut",
+            )
+        if accounts is not None:
+            accounts["truncated"] = accounts.get("truncated", 0) + cut
+        return [
+            Example(e.ids, e.segments, self.target(row.label)) for e, row in zip(encoded, rows, strict=True)
+        ]
+
+    def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
+        return [Sample(item.tokens, segments=item.segments, target=item.target)]
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"classify": len(batch.sequences)}
+
+    def scores(self, model: Transformer, batch: Batch) -> Tensor:
+        """(B, K) in fp32."""
+        assert model.classifier is not None
+        return model.classifier(last_states(model, batch), batch.sequences)
+
+    def loss(self, model: Transformer, batch: Batch) -> Loss:
+        assert batch.targets is not None
+        scores = self.scores(model, batch)
+        stats = {}
+        if self.problem == "single":
+            stats["classify_accuracy"] = (scores.argmax(-1) == batch.targets).sum()
+        return Loss({"classify": self.criterion(scores, batch.targets)}, stats)
+
+    def criterion(self, scores: Tensor, gold: Tensor) -> Tensor:
+        """Summed over rows: cross entropy, mean binary cross entropy over the labels, or squared error."""
+        match self.problem:
+            case "regression":
+                return F.mse_loss(scores[:, 0], gold.float(), reduction="sum")
+            case "multi":
+                return F.binary_cross_entropy_with_logits(scores, gold, reduction="none").mean(-1).sum()
+        return F.cross_entropy(scores, gold, reduction="sum")
+
+    def mean_loss(self, examples: Sequence[Example], scores: np.ndarray) -> float:
+        gold = torch.from_numpy(np.asarray([e.target for e in examples]))
+        return float(self.criterion(torch.from_numpy(scores), gold)) / len(examples)
+
+    @torch.inference_mode()
+    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> np.ndarray:
+        """Scores (N, K) in the order of the examples, computed in batches of like length."""
+        model.eval()
+        scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
+        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens):
+            samples = [Sample(examples[i].tokens, segments=examples[i].segments) for i in indices]
+            scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
+        return scores
+
+    def decode(self, scores: np.ndarray) -> list[dict[str, Any]]:
+        """What `predict` says of each row: a label with probabilities, labels, or a score."""
+        if self.problem == "regression":
+            return [{"score": round(float(s), 6)} for s in scores[:, 0]]
+        if self.problem == "multi":
+            p = 1 / (1 + np.exp(-scores))
+            given = [
+                [n for n, x in zip(self.labels, row, strict=True) if x >= self.config.threshold] for row in p
+            ]
+            return [{"labels": g, "probabilities": self.named(row)} for g, row in zip(given, p, strict=True)]
+        p = torch.from_numpy(scores).softmax(-1).numpy()
+        best = p.argmax(-1)
+        return [
+            {
+                "label": self.labels[b],
+                "probability": round(float(row[b]), 6),
+                "probabilities": self.named(row),
+            }
+            for b, row in zip(best, p, strict=True)
+        ]
+
+    def named(self, row: np.ndarray) -> dict[str, float]:
+        return {name: round(float(x), 6) for name, x in zip(self.labels, row, strict=True)}
+
+    def measure(self, examples: Sequence[Example], scores: np.ndarray) -> Scores:
+        gold = np.array([e.target for e in examples])
+        match self.problem:
+            case "regression":
+                return regression_scores(gold, scores[:, 0])
+            case "multi":
+                return multilabel_scores(gold.astype(int), (scores >= self.logit).astype(int), self.labels)
+        return classification_scores(gold, scores.argmax(-1), self.labels)
+
+    @property
+    def logit(self) -> float:
+        t = self.config.threshold
+        return math.log(t / (1 - t))
+
+    @property
+    def monitor(self) -> str:
+        """The metric that early stopping and the choice of the best checkpoint look at."""
+        return {"single": "accuracy", "multi": "micro_f1", "regression": "spearman"}[self.problem]
+
+
+def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length whose tokens stay below `batch_tokens`."""
+    batch: list[int] = []
+    total = 0
+    for i in np.argsort(lengths, kind="stable")[::-1].tolist():
+        if batch and total + lengths[i] > batch_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += lengths[i]
+    if batch:
+        yield batch

@@ -1,0 +1,154 @@
+"""Saving checkpoints behind the training steps."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from ronna.base.errors import RonnaError
+from ronna.train.checkpoint import save_checkpoint
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that training does not change. Tied tensors, the same memory twice, stay tied."""
+    copies: dict[tuple[object, ...], Tensor] = {}
+    taken: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # An empty tensor has no address of its own.
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        key = view if tensor.numel() else (name,)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        taken[name] = copies[key]
+    return taken
+
+
+class Checkpointer:
+    """Saves into one folder while training goes on: a step that saves pays only for a copy in memory.
+
+    Use it as a context manager, on one process of a run. It holds a lock on `root` (given up by the system
+    even after a kill), so whatever others left half-written there is deleted at the start. A failed save is
+    told to `report` and training goes on, with the older checkpoints as they were; leaving the context waits
+    for the last save and raises its RonnaError if it failed. Errors that are not the disk's come out of the
+    next `save` or `wait`. With `background` false a save is on the disk when `save` returns, and needs no
+    memory for a copy.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        hashes: dict[str, str],
+        report: Callable[[str], None],
+        keep: int = 2,
+        background: bool = True,
+    ):
+        """Raises RonnaError when `root` cannot be written to, or when another live process saves there."""
+        self.root = root
+        self.latest: Path | None = None  # the newest checkpoint this run knows to be whole
+        self._hashes, self._report, self._keep, self._background = hashes, report, keep, background
+        self._pending: Future[Path] | None = None
+        self._failure: RonnaError | None = None
+        self._lock = _lock(root)
+        for leftover in root.glob("step-*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        model: Mapping[str, Tensor],
+        write_model: Callable[[Path, dict[str, Tensor]], None],
+        state: dict[str, Any],
+        protect: Collection[int] = (),
+    ) -> None:
+        """Wait for the save before, copy everything, and write it (`save_checkpoint`) behind the training.
+
+        `write_model(folder, tensors)` gets the copy of `model` and runs in another thread, so it must look at
+        nothing else that training changes.
+        """
+        self.wait()
+        frozen_state = json.loads(json.dumps(state, allow_nan=False))
+        copy = snapshot if self._background else dict[str, Tensor]
+        weights = copy(model)
+        job = partial(
+            save_checkpoint,
+            self.root,
+            step,
+            tensors={stem: copy(group) for stem, group in tensors.items()},
+            model_files=lambda folder: write_model(folder, weights),
+            state=frozen_state,
+            hashes=self._hashes,
+            keep=self._keep,
+            protect=frozenset(protect),
+        )
+        self._pending = self._pool.submit(job)
+        if not self._background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being saved; `latest` is then up to date."""
+        if self._pending is None:
+            return
+        try:
+            self.latest, self._failure = self._pending.result(), None
+        except RonnaError as failure:
+            self._failure = failure
+            self._report(f"{failure}\n  training goes on")
+        finally:
+            if self._pending.done():  # not so when Ctrl-C ended the wait
+                self._pending = None
+
+    def close(self) -> None:
+        """Wait for the last save and give up the lock. Raises RonnaError if that save failed."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+        if self._failure:
+            raise self._failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except RonnaError:  # already reported; what ended the training matters more
+            if error is None:
+                raise
+
+
+def _lock(root: Path) -> int | None:
+    """A record lock, which forked loader workers do not inherit: it ends with this process, killed or not."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        fix = "make the folder writable, or choose another output folder"
+        raise RonnaError(f"cannot save checkpoints here: {error}", where=str(root), fix=fix) from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            fix = "wait for it to end, stop it, or choose another output folder"
+            raise RonnaError("another run is saving checkpoints here", where=str(root), fix=fix) from error
+        # A file system without locks: two runs in one folder then go unnoticed, as they would without ours.
+    return descriptor

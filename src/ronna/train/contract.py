@@ -1,0 +1,204 @@
+"""What must hold before a run is worth its electricity, checked in seconds on the user's model and data."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ronna.base.errors import RonnaError
+from ronna.model.sequences import Sequences
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Batch, Objective, Sample, collate, last_states
+from ronna.train.loop import gradients
+
+SAMPLES = 8  # of the first batch, enough for every check
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def check_start(model: Transformer, objective: Objective, samples: list[Sample]) -> list[Check]:
+    """All checks that need no optimizer step, on samples of the first batch; later ones need earlier ones."""
+    if not samples:
+        return [
+            Check(
+                "supervision", False, "the first batch has no sample", "look at the data with `data inspect`"
+            )
+        ]
+    few = sorted(samples, key=lambda s: len(s.tokens))[:SAMPLES]
+    checks = [supervision(objective, samples), ids_in_vocabulary(model, samples), lengths_fit(model, samples)]
+    checks += [weights_tied(model), labels_in_set(model, samples)]
+    if all(c.ok for c in checks):
+        with exact(model):
+            checks += [no_leak(model, objective, few), accumulation(model, objective, few)]
+    return checks
+
+
+def refuse_failed(checks: list[Check]) -> None:
+    failed = [c for c in checks if not c.ok]
+    if failed:
+        raise RonnaError(
+            "; ".join(f"{c.name}: {c.detail}" for c in failed),
+            where="checks before training",
+            fix=next((c.fix for c in failed if c.fix), "this is a fault of ours: please report it"),
+        )
+
+
+class exact:
+    """fp32 and no dropout for the time of a check; leaves no gradient behind."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.compute, self.training = self.model.compute, self.model.training
+        self.model.compute = torch.float32
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.compute = self.compute
+        self.model.train(self.training)
+        self.model.zero_grad()
+
+
+def supervision(objective: Objective, samples: list[Sample]) -> Check:
+    counts = collate(objective, samples).counts
+    ok = sum(counts.values()) > 0
+    said = ", ".join(f"{n} {term}" for term, n in counts.items())
+    return Check("supervision", ok, f"the first batch has {said} targets", "no token or label to learn from")
+
+
+def ids_in_vocabulary(model: Transformer, samples: list[Sample]) -> Check:
+    vocab = model.cfg.embedding.vocab
+    arrays = [a for s in samples for a in (s.tokens, s.labels, s.source) if a is not None and len(a)]
+    low, high = min(int(a.min()) for a in arrays), max(int(a.max()) for a in arrays)
+    fix = "the tokenizer is not this model's: use the one in the model's folder"
+    return Check("vocabulary", low >= 0 and high < vocab, f"ids {low} to {high}, the model has {vocab}", fix)
+
+
+def lengths_fit(model: Transformer, samples: list[Sample]) -> Check:
+    limit = model.cfg.max_length
+    longest = max(max(len(s.tokens), 0 if s.source is None else len(s.source)) for s in samples)
+    ok = limit is None or longest <= limit
+    return Check(
+        "length",
+        ok,
+        f"{longest} tokens, the model has {limit or 'no limit of'} positions",
+        "lower train.length",
+    )
+
+
+def weights_tied(model: Transformer) -> Check:
+    if model.head is None or not model.head.cfg.tied:
+        return Check("tied weights", True, "none to tie")
+    ok = model.head.logits.weight is model.embedding.tokens.weight
+    return Check(
+        "tied weights", ok, "head and embedding are one tensor" if ok else "head and embedding came apart"
+    )
+
+
+def labels_in_set(model: Transformer, samples: list[Sample]) -> Check:
+    classes = [s.target for s in samples if isinstance(s.target, int)]
+    if model.classifier is None or not classes:
+        return Check("labels", True, "no class labels")
+    n = model.classifier.cfg.labels
+    ok = min(classes) >= 0 and max(classes) < n
+    return Check(
+        "labels", ok, f"classes {min(classes)} to {max(classes)}, the model has {n}", "correct the labels"
+    )
+
+
+@torch.no_grad()
+def no_leak(model: Transformer, objective: Objective, samples: list[Sample]) -> Check:
+    """Changing every token of one sequence must not change another's states by even one bit."""
+    if len(samples) < 2:
+        return Check("document leak", True, "a single sequence")
+    batch = collate(objective, samples, model.device)
+    before = last_states(model, batch)
+    victim = len(samples) // 2
+    after = last_states(model, disturbed(batch, victim, model.cfg.embedding.vocab))
+    others = batch.sequences.owner != victim
+    difference = float((before - after)[others].abs().max())
+    moved = float((before - after)[~others].abs().max())
+    ok = difference == 0.0 and moved > 0.0
+    return Check("document leak", ok, f"largest difference in other documents {difference:g}")
+
+
+def disturbed(batch: Batch, victim: int, vocab: int) -> Batch:
+    def change(tokens: Tensor | None, sequences: Sequences | None) -> Tensor | None:
+        if tokens is None or sequences is None:
+            return None
+        return torch.where(sequences.owner == victim, (tokens + 1) % vocab, tokens)
+
+    tokens = change(batch.tokens, batch.sequences)
+    assert tokens is not None
+    return replace(batch, tokens=tokens, source=change(batch.source, batch.source_sequences))
+
+
+def accumulation(model: Transformer, objective: Objective, samples: list[Sample]) -> Check:
+    """The gradient of a batch must not depend on how it is cut into micro-batches."""
+    if len(samples) < 2:
+        return Check("accumulation", True, "a single sequence")
+
+    def gradient(parts: list[list[Sample]]) -> dict[str, Tensor]:
+        model.zero_grad()
+        gradients(model, objective, [collate(objective, p, model.device) for p in parts], seed=0)
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    whole, cut = gradient([samples]), gradient([samples[:1], samples[1:]])
+    scale = max(float(g.abs().max()) for g in whole.values())
+    worst = max(float((whole[n] - cut[n]).abs().max()) for n in whole) / max(scale, 1e-30)
+    ok = worst < 1e-4
+    return Check(
+        "accumulation", ok, f"gradients in one piece and in two differ by {worst:.1e} of the largest"
+    )
+
+
+class FirstStep:
+    """A hook for the first optimizer step: every trainable tensor must have got a gradient and have moved."""
+
+    def __init__(self, model: Transformer, lr: Callable[[], float]):
+        self.model, self.lr = model, lr
+        self.before = self.fingerprints()
+        self.done = False
+
+    def fingerprints(self) -> dict[str, tuple[float, float]]:
+        return {
+            n: (float(p.detach().double().sum()), float(p.detach().double().square().sum()))
+            for n, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+
+    def __call__(self, step: int) -> None:
+        if self.done:
+            return
+        self.done = True
+        parameters = dict(self.model.named_parameters())
+        after = self.fingerprints()
+        no_gradient = [n for n in self.before if parameters[n].grad is None]
+        # A step far below the spacing of floating-point numbers around a weight cannot move it.
+        visible = {
+            n for n in self.before if self.lr() > 1e-6 * rms(parameters[n]) and has_gradient(parameters[n])
+        }
+        still = [n for n in visible if after[n] == self.before[n]]
+        refuse_failed(
+            [
+                Check("gradients", not no_gradient, "none for " + ", ".join(sorted(no_gradient)[:5])),
+                Check("first step", not still, "did not move: " + ", ".join(sorted(still)[:5])),
+            ]
+        )
+
+
+def rms(p: Tensor) -> float:
+    return float(p.detach().float().square().mean().sqrt())
+
+
+def has_gradient(p: Tensor) -> bool:
+    return p.grad is not None and math.isfinite(float(p.grad.abs().max())) and bool(p.grad.any())

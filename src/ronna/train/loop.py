@@ -1,0 +1,274 @@
+"""The one training loop: pre-training, fine-tuning and distillation differ only in their objective."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ronna.base.config import Config
+from ronna.base.device import resident_bytes, seed_for
+from ronna.base.errors import RonnaError
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Batch, Objective
+from ronna.train.optim import clip_gradients
+from ronna.train.schedule import Schedule, lr_scale, set_lr
+
+
+class TrainConfig(Config):
+    """How long, in what portions and how carefully."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch: int = Field(32, ge=1)  # sequences (fine-tuning) or full rows (pre-training) a step
+    micro_batch: int | None = Field(None, ge=1)  # as many of them at a time; None: all
+    length: int = Field(128, ge=8)  # tokens of a row or, fine-tuning, the most of a sequence
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    clip: float = Field(1.0, gt=0)
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run
+    save_every: int | None = Field(None, ge=1)  # None: at every evaluation
+    keep: int = Field(2, ge=2)  # checkpoints
+    patience: int | None = Field(None, ge=1)  # evaluations without improvement before stopping
+    max_skipped: int = Field(10, ge=1)  # non-finite steps in a row before giving up
+
+
+@dataclass
+class Progress:
+    """Everything a run knows besides weights and optimizer states: plain numbers."""
+
+    step: int = 0
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # evaluations
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one evaluation and the one to select by."""
+
+    scores: dict[str, float]
+    monitor: str
+    higher_is_better: bool
+
+    @property
+    def merit(self) -> float:
+        value = self.scores[self.monitor]
+        return value if self.higher_is_better else -value
+
+
+class Log(Protocol):
+    def log(self, step: int, values: dict[str, float], kind: str = "train") -> None: ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it has saved what it had."""
+
+
+@contextmanager
+def stop_flag() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and the first Ctrl-C into a flag, so that a step is never torn."""
+    asked: list[int] = []
+    previous = {}
+
+    def note(number: int, _: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        pass
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def gradients(
+    model: Transformer, objective: Objective, batches: list[Batch], seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """Add the gradient of one step to the parameters; return summed losses, statistics and counts.
+
+    Each term is divided once, by its count over all micro-batches: how the step is cut up cannot matter.
+    """
+    counts: dict[str, int] = {}
+    for batch in batches:
+        for term, n in batch.counts.items():
+            counts[term] = counts.get(term, 0) + n
+    sums: dict[str, Tensor] = {}
+    stats: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)
+        loss = objective.loss(model, batch)
+        terms = [total / counts[term] for term, total in loss.sums.items() if counts[term]]
+        if terms:
+            torch.stack(terms).sum().backward()
+        for into, values in ((sums, loss.sums), (stats, loss.stats)):
+            for name, value in values.items():
+                into[name] = into.get(name, 0) + value.detach()
+    return sums, stats, counts
+
+
+@dataclass
+class Window:
+    """Sums since the last log line; tensors, so that nothing waits for the device between log lines."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(
+        self, sums: dict[str, Tensor], stats: dict[str, Tensor], counts: dict[str, int], tokens: int
+    ) -> None:
+        for name, value in (sums | stats).items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        for name, n in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + n
+        self.tokens += tokens
+
+    def values(self) -> dict[str, float]:
+        """Means of the loss terms, of statistics named `term_...`, and the total loss."""
+        means = {}
+        for name, total in self.sums.items():
+            count = self.counts[name.split("_")[0]]
+            means[name] = float(total) / count if count else math.nan
+        loss = sum(means[t] for t in self.counts if t in means)
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return {"loss": loss, **means, "tokens_per_second": self.tokens / seconds}
+
+
+@dataclass
+class Run:
+    """What a run consists of. `save` and `improved` write to disk; `hooks` run after each optimizer step."""
+
+    model: Transformer
+    objective: Objective
+    feed: Callable[[int], list[Batch]]
+    optimizers: list[Optimizer]
+    schedule: Schedule
+    config: TrainConfig
+    total_steps: int
+    seed: int
+    log: Log
+    progress: Progress = field(default_factory=Progress)
+    evaluate: Callable[[Callable[[], bool]], Evaluation | None] | None = (
+        None  # given a way to ask whether to stop
+    )
+    save: Callable[[Progress], None] | None = None
+    improved: Callable[[], None] | None = None
+    hooks: list[Callable[[int], None]] = field(default_factory=list)
+    saved_step: int = -1
+
+    def train(self) -> Progress:
+        """Train to the end, early stop or interruption.
+
+        Raises Interrupted after saving when asked to stop, RonnaError when losses stay non-finite.
+        """
+        p, window = self.progress, Window()
+        evaluate_every = self.config.evaluate_every or max(1, self.total_steps // 10)
+        save_every = self.config.save_every or evaluate_every
+        self.model.train()
+        with stop_flag() as stop:
+            while True:
+                last = p.step >= self.total_steps
+                if p.step and (p.step % evaluate_every == 0 or last):
+                    last = self.judge(stop) or last
+                    window.started = time.perf_counter()
+                if stop() or (p.step and (p.step % save_every == 0 or last)):
+                    self.keep()
+                if last:
+                    return p
+                if stop():
+                    raise Interrupted
+                began = time.perf_counter()
+                self.step(window)
+                p.seconds += time.perf_counter() - began
+                if p.step % self.config.log_every == 0 or p.step == self.total_steps:
+                    self.report(window)
+                    window = Window()
+
+    def step(self, window: Window) -> None:
+        p = self.progress
+        batches = self.feed(p.step)
+        sums, stats, counts = gradients(self.model, self.objective, batches, seed_for(self.seed, p.step))
+        norm = clip_gradients(self.model.parameters(), self.config.clip)
+        if sum(counts.values()) == 0 or not math.isfinite(float(norm)):
+            self.skip(norm)
+        else:
+            p.skipped_in_a_row = 0
+            set_lr(self.optimizers, lr_scale(self.schedule, p.step, self.total_steps))
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for hook in self.hooks:
+                hook(p.step)
+            tokens = sum(b.real_tokens for b in batches)
+            window.add(sums, stats, counts, tokens)
+            p.tokens += tokens
+            p.positions += sum(b.computed_positions for b in batches)
+        self.model.zero_grad()
+        p.step += 1
+
+    def skip(self, norm: Tensor) -> None:
+        """A step without a usable gradient leaves weights and optimizer as they are."""
+        p = self.progress
+        p.skipped += 1
+        p.skipped_in_a_row += 1
+        self.log.log(p.step, {"gradient_norm": float(norm)}, kind="skipped")
+        if p.skipped_in_a_row >= self.config.max_skipped:
+            raise RonnaError(
+                f"{p.skipped_in_a_row} steps in a row had no finite gradient",
+                where=f"step {p.step}",
+                fix="lower optim.lr, use train.precision=fp32, or look at the data of these steps",
+            )
+
+    def report(self, window: Window) -> None:
+        if not window.counts:
+            return
+        p = self.progress
+        scale = lr_scale(self.schedule, p.step - 1, self.total_steps)
+        values = window.values() | {"lr_scale": scale, "tokens": p.tokens, "memory_bytes": resident_bytes()}
+        self.log.log(p.step, values)
+
+    def judge(self, stop: Callable[[], bool]) -> bool:
+        """Evaluate unless this step has been evaluated before a restart; True when patience is at its end."""
+        p = self.progress
+        if self.evaluate is not None and not (p.history and p.history[-1]["step"] == p.step):
+            evaluation = self.evaluate(stop)
+            self.model.train()
+            if evaluation is None:  # asked to stop in the middle of it
+                return False
+            self.log.log(p.step, evaluation.scores, kind="validation")
+            p.history.append({"step": p.step, **evaluation.scores})
+            if p.best is None or evaluation.merit > p.best:
+                p.best, p.best_step, p.since_best = evaluation.merit, p.step, 0
+                if self.improved is not None:
+                    self.improved()
+            else:
+                p.since_best += 1
+        return self.config.patience is not None and p.since_best >= self.config.patience
+
+    def keep(self) -> None:
+        if self.save is not None and self.progress.step != self.saved_step:
+            self.save(self.progress)
+            self.saved_step = self.progress.step

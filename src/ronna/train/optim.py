@@ -1,0 +1,269 @@
+"""Optimizers: what to build from a config, their state as named tensors, and gradient clipping."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
+
+from ronna.base.config import Config
+from ronna.base.errors import RonnaError
+
+Decay = Annotated[float, Field(ge=0.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+NamedParameters = Iterable[tuple[str, Parameter]]
+
+# Marks a parameter that had no state when it was saved, so that a lost one is never taken for it.
+_STATELESS = "stateless"
+
+
+class AdamW(Config):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); fused into one kernel where torch can."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Decay = 0.1
+
+
+class Adam(Config):
+    """Adam without weight decay (Kingma & Ba 2015)."""
+
+    kind: Literal["adam"] = "adam"
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class SGD(Config):
+    """Stochastic gradient descent with momentum; its weight decay is added to the gradient, as torch does."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: Momentum = 0.9
+    nesterov: bool = False
+    weight_decay: Decay = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Adafactor(Config):
+    """Second moments of a matrix from its rows and columns (Shazeer & Stern 2018): state R + C, not R x C.
+
+    Each step is relative to the size of the weights, as in the paper: `lr` is the largest relative step, cut
+    to 1 / sqrt(t); an update whose root mean square is above `clip` is scaled down to it.
+    """
+
+    kind: Literal["adafactor"] = "adafactor"
+    lr: PositiveFloat = 1e-2
+    beta2_decay: Annotated[float, Field(le=0.0)] = -0.8
+    clip: Annotated[float, Field(ge=1.0)] = 1.0
+    weight_decay: Decay = 0.0
+
+
+class Muon(Config):
+    """Orthogonalised momentum for the matrices inside the blocks (Jordan et al. 2024), AdamW for the rest.
+
+    Updates are scaled to AdamW's root mean square (Liu et al. 2025, arXiv:2502.16982), so rates and decays
+    found for AdamW carry over. Embeddings, heads, norms and biases take `adamw`, with its own rate.
+    """
+
+    kind: Literal["muon"] = "muon"
+    lr: PositiveFloat = 3e-4
+    momentum: Momentum = 0.95
+    nesterov: bool = True
+    steps: PositiveInt = 5  # of the Newton-Schulz iteration
+    weight_decay: Decay = 0.1
+    adamw: AdamW = AdamW()
+
+
+OptimizerConfig = Annotated[AdamW | Adam | SGD | Adafactor | Muon, Field(discriminator="kind")]
+
+
+def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) -> list[Optimizer]:
+    """The optimizers of a model's trainable parameters: two for muon (Muon, AdamW), one for every other kind.
+
+    Weight decay falls on matrices (two dimensions or more) only, never on norms and biases. A parameter that
+    appears under several names (tied embeddings) is taken once. Each group keeps its configured rate as
+    "initial_lr", for `ronna.train.schedule.set_lr`. Raises RonnaError when there is nothing to train.
+    """
+    trainable = {p: name for p, name in _names(named_parameters).items() if p.requires_grad}
+    if not trainable:
+        raise RonnaError("no parameter is left to train", fix="unfreeze some, or add an adapter")
+    if isinstance(config, Muon):
+        optimizers = _build_muon(config, trainable)
+    else:
+        optimizers = [_build_one(config, list(trainable))]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _build_one(config: AdamW | Adam | SGD | Adafactor, parameters: list[Parameter]) -> Optimizer:
+    if isinstance(config, Adam):
+        fused = _can_fuse(parameters)
+        return torch.optim.Adam(parameters, config.lr, config.betas, config.eps, fused=fused)
+    groups = _decay_groups(parameters, config.weight_decay)
+    if isinstance(config, AdamW):
+        fused = _can_fuse(parameters)
+        return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=fused)
+    if isinstance(config, SGD):
+        return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
+    # torch squares the first eps where it floors the second moment (giving the paper's 1e-30), but not where
+    # it floors the mean of the rows; its default of 1e-7 there would swamp gradients below 3e-4.
+    eps = (1e-15, 1e-3)
+    return torch.optim.Adafactor(groups, config.lr, config.beta2_decay, eps, config.clip)
+
+
+def _build_muon(config: Muon, trainable: dict[Parameter, str]) -> list[Optimizer]:
+    hidden = [p for p, name in trainable.items() if p.ndim == 2 and _inside_block(name)]
+    if not hidden:
+        raise RonnaError("muon found no matrix inside a block to train", fix='use kind = "adamw"')
+    muon = torch.optim.Muon(
+        hidden,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.steps,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    taken = set(hidden)
+    rest = [p for p in trainable if p not in taken]
+    return [muon, _build_one(config.adamw, rest)] if rest else [muon]
+
+
+def _inside_block(name: str) -> bool:
+    """Whether the name has a block's number, as in "decoder.blocks.3.attention.q.weight"."""
+    parts = name.split(".")
+    return any(a == "blocks" and b.isdigit() for a, b in pairwise(parts))
+
+
+def _decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _can_fuse(parameters: Iterable[Parameter]) -> bool:
+    return all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+
+
+def optimizer_tensors(
+    optimizers: Iterable[Optimizer], named_parameters: NamedParameters
+) -> dict[str, Tensor]:
+    """The state as "parameter.key" -> tensor: moments, momenta, step counters (live, not copies).
+
+    Rates and the like are not in it: they are the config's. Named by parameter, so neither the order of the
+    parameters nor their groups matter when it is loaded.
+    """
+    names = _names(named_parameters)
+    tensors: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for parameter in _parameters(optimizer):
+            state = {k: v for k, v in optimizer.state.get(parameter, {}).items() if v is not None}
+            state = state or {_STATELESS: torch.empty(0, dtype=torch.uint8)}
+            tensors |= {f"{names[parameter]}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizers: Iterable[Optimizer], named_parameters: NamedParameters, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, bit for bit; `tensors` are the optimizers' from then on.
+
+    Raises RonnaError naming every missing, unknown or wrongly shaped entry, before anything is changed.
+    """
+    names = _names(named_parameters)
+    saved: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        saved[name][key] = tensor
+    problems: list[str] = []
+    loads: list[tuple[Optimizer, dict[int, dict[str, Tensor]]]] = []
+    for optimizer in optimizers:
+        states: dict[int, dict[str, Tensor]] = {}
+        for number, parameter in enumerate(_parameters(optimizer)):
+            name = names[parameter]
+            state = saved.pop(name, {})
+            if _STATELESS not in state:
+                problems += _state_problems(name, parameter, state, _state_keys(optimizer, parameter.ndim))
+                states[number] = state
+        loads.append((optimizer, states))
+    problems += [f"unknown {name}.{key}" for name, state in saved.items() for key in state]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else "")
+        fix = "resume with the model and the optimizer the checkpoint was made with"
+        raise RonnaError(f"the saved optimizer state does not fit: {shown}", fix=fix)
+    for optimizer, states in loads:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+
+def _state_problems(name: str, parameter: Parameter, state: dict[str, Tensor], keys: set[str]) -> list[str]:
+    problems = [f"missing {name}.{key}" for key in sorted(keys - state.keys())]
+    problems += [f"unknown {name}.{key}" for key in sorted(state.keys() - keys)]
+    size = tuple(parameter.shape)
+    for key in sorted(state.keys() & keys):
+        # As the parameter, or 1 where it is summed up: step counters, row and column moments.
+        shape = tuple(state[key].shape)
+        fits = len(shape) == len(size) and all(s in (1, p) for s, p in zip(shape, size, strict=True))
+        if shape and not fits:
+            problems.append(f"{name}.{key} has shape {shape} for a parameter of {size}")
+    return problems
+
+
+def _state_keys(optimizer: Optimizer, ndim: int) -> set[str]:
+    """What the optimizer keeps for a parameter, found out by letting one like it step on a single number."""
+    probe = Parameter(torch.zeros((1,) * ndim))
+    probe.grad = torch.zeros_like(probe)
+    make: Any = type(optimizer)
+    twin = make([optimizer.param_groups[0] | {"params": [probe]}])
+    twin.step()
+    return {key for key, value in twin.state.get(probe, {}).items() if value is not None}
+
+
+def _names(named_parameters: NamedParameters) -> dict[Parameter, str]:
+    names: dict[Parameter, str] = {}
+    for name, parameter in named_parameters:
+        names.setdefault(parameter, name)
+    return names
+
+
+def _parameters(optimizer: Optimizer) -> list[Parameter]:
+    """In the order in which `state_dict` numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients, in place, to a total norm of at most `max_norm`; returns the norm before that.
+
+    The norm is a 0-dimensional float32 tensor (float64 for float64 gradients) over all gradients together
+    (Pascanu et al. 2013), accumulated in float32 even for bfloat16 gradients. Nothing here waits for the
+    device: the caller reads the norm once, and skips the step when it is not finite. In that case the
+    gradients are left as they were. `math.inf` measures without clipping.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in with_gradient if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    dtype = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+    norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    # A norm of 0 clips nothing; without this an infinite norm would turn the gradients into zeros and NaN.
+    clip_grads_with_norm_(with_gradient, max_norm, torch.where(total.isfinite(), total, 0.0))
+    return total

@@ -1,0 +1,163 @@
+"""A run may be cut at any step, or killed at any moment, and end in the same bits."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ronna.base.errors import RonnaError
+from ronna.prepare import prepare, train_tokenizer_run
+from ronna.run import Interrupted, Training, prepare_run
+from ronna.runfile import PrepareRun, PretrainRun, TokenizerRun
+from ronna.text.training import TokenizerConfig
+
+STEPS = 6
+MODELS = {"mlm": ("bert-tiny", "wordpiece"), "clm": ("gpt2-tiny", "bpe"), "denoise": ("t5-tiny", "unigram")}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> dict[str, Path]:
+    """Token shards of a little text, one folder per kind of tokenizer."""
+    root = tmp_path_factory.mktemp("shards")
+    words = "the cat dog sat ran on under a mat tree and then slept . it was warm cold bright dark !".split()
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(60)]
+    (root / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    made = {}
+    for kind in ("wordpiece", "bpe", "unigram"):
+        config = TokenizerConfig(kind=kind, vocab=400)
+        train_tokenizer_run(TokenizerRun(out=f"{root}/{kind}", input=(f"{root}/text.txt",), tokenizer=config))
+        prepare(
+            PrepareRun(out=f"{root}/{kind}-shards", input=(f"{root}/text.txt",), tokenizer=f"{root}/{kind}")
+        )
+        made[kind] = root / f"{kind}-shards" / "train"
+    return made
+
+
+def settings(objective: str, shards: dict[str, Path], out: Path, **train: Any) -> PretrainRun:
+    model, tokenizer = MODELS[objective]
+    config = {"steps": STEPS, "batch": 4, "micro_batch": 3, "length": 32, "log_every": 1, "save_every": 100, **train}
+    return PretrainRun.model_validate(
+        {
+            "out": str(out),
+            "seed": 3,
+            "device": "cpu",
+            "model": {"name": model, "dropout": 0.1},
+            "data": {"train": str(shards[tokenizer]), "validation_rows": 4},
+            "objective": {"kind": objective},
+            "train": config,
+        }
+    )
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def cut_at(training: Training, step: int) -> None:
+    """Run, and be asked to stop once `step` steps are done."""
+    feed = training.feed
+
+    class Cut:
+        def __call__(self, now: int):
+            if now == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return feed(now)
+
+        def samples(self, now: int):
+            return feed.samples(now)
+
+    training.feed = Cut()  # type: ignore[assignment]
+    with pytest.raises(Interrupted):
+        training.execute()
+
+
+@pytest.mark.parametrize("objective", MODELS)
+def test_resuming_at_every_step_gives_the_same_weights(objective, shards, tmp_path):
+    prepare_run(settings(objective, shards, tmp_path / "whole")).execute()
+    wanted = digest(tmp_path / "whole")
+    metrics = [line for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for k in range(1, STEPS):
+        out = tmp_path / str(k)
+        cut_at(prepare_run(settings(objective, shards, out)), k)
+        assert [p.name for p in (out / "checkpoints").glob("step-*")] == [f"step-{k:08d}"]
+        torch.manual_seed(999 + k)  # whatever the process drew in between must not matter
+        prepare_run(settings(objective, shards, out), resume=True).execute()
+        assert digest(out) == wanted, f"cut at step {k}"
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == len(metrics)
+
+
+def test_dropout_is_on_in_these_runs(shards, tmp_path):
+    prepare_run(settings("clm", shards, tmp_path / "a")).execute()
+    run = settings("clm", shards, tmp_path / "b")
+    prepare_run(run.model_copy(update={"model": run.model.model_copy(update={"dropout": 0.0})})).execute()
+    assert digest(tmp_path / "a") != digest(tmp_path / "b")
+
+
+def test_a_used_folder_is_refused_and_another_config_too(shards, tmp_path):
+    run = settings("clm", shards, tmp_path / "run")
+    prepare_run(run).execute()
+    with pytest.raises(RonnaError, match="holds a run already"):
+        prepare_run(run)
+    with pytest.raises(RonnaError, match="another config"):
+        prepare_run(settings("clm", shards, tmp_path / "run", clip=0.5), resume=True).execute()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(damage, shards, tmp_path, capsys):
+    prepare_run(settings("clm", shards, tmp_path / "whole", save_every=2)).execute()
+    out = tmp_path / "cut"
+    cut_at(prepare_run(settings("clm", shards, out, save_every=2)), 5)
+    file = out / "checkpoints" / "step-00000005" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 4
+    else:
+        del data[-100:]
+    file.write_bytes(bytes(data))
+    prepare_run(settings("clm", shards, out, save_every=2), resume=True).execute()
+    said = capsys.readouterr().err
+    assert "step-00000005" in said and "resuming from step-00000004" in said
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_kill_9_at_random_moments_loses_nothing(shards, tmp_path):
+    """Ten kills over the life of one run, saving at every step; then it ends as if nothing had happened."""
+    many = {"steps": 40, "save_every": 1, "evaluate_every": 40}
+    prepare_run(settings("clm", shards, tmp_path / "whole", **many)).execute()
+    out, rng = tmp_path / "killed", random.Random(7)
+    from ronna.base.config import dump_toml
+
+    out.mkdir()
+    file = tmp_path / "run.toml"
+    file.write_text(dump_toml(settings("clm", shards, out, **many)))
+    command = [sys.executable, "-m", "ronna", "pretrain", str(file), "--resume"]
+    kills = 0
+    while kills < 10:
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        before = newest(out)
+        while child.poll() is None and newest(out) <= before:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.15)
+        if child.poll() is not None:
+            break
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        kills += 1
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kills == 10, "the run ended before it could be killed ten times"
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def newest(out: Path) -> int:
+    steps = [int(p.name.removeprefix("step-")) for p in (out / "checkpoints").glob("step-????????")]
+    return max(steps, default=0)
