@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +31,6 @@ from ronna.demo.corpus import build_corpus
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Smoothing = Literal["kneser-ney", "witten-bell"]
 
 UNSEEN = -1
 
@@ -73,12 +71,11 @@ class NGram:
         return result
 
 
-def fit(units: Ids, vocabulary: int, order: int, smoothing: Smoothing = "kneser-ney") -> NGram:
-    """Count the n-grams of (T,) ids below `vocabulary` up to `order` and smooth them.
+def fit(units: Ids, vocabulary: int, order: int) -> NGram:
+    """Count the n-grams of (T,) ids below `vocabulary` up to `order`, smoothed by modified Kneser-Ney.
 
-    "kneser-ney" is interpolated and modified, three discounts an order: Chen & Goodman, "An empirical study
-    of smoothing techniques for language modeling" (1999). "witten-bell" gives new units as much weight as
-    the context has had different ones: Bell, Cleary & Witten, "Text Compression" (1990), method C.
+    Interpolated, with three discounts an order: Chen & Goodman, "An empirical study of smoothing techniques
+    for language modeling" (1999).
     """
     keys: list[Ids] = []
     counts: list[Ids] = []
@@ -91,39 +88,28 @@ def fit(units: Ids, vocabulary: int, order: int, smoothing: Smoothing = "kneser-
             return_inverse=True,
             return_counts=True,
         )
-        if smoothing == "kneser-ney" and keys:
+        if keys:
             # Below the highest order an n-gram counts once for each different unit to its left; the n-gram
             # that opens the text may have none.
             counts[-1] = np.maximum(np.bincount(suffix[first], minlength=len(keys[-1])), 1)
         keys.append(found)
         counts.append(count)
     contexts = [1] + [len(found) for found in keys[:-1]]
-    return NGram(
-        vocabulary,
-        tuple(
-            _smooth(k, c, k // vocabulary, n, smoothing)
-            for k, c, n in zip(keys, counts, contexts, strict=True)
-        ),
-    )
+    smoothed = (_smooth(k, c, k // vocabulary, n) for k, c, n in zip(keys, counts, contexts, strict=True))
+    return NGram(vocabulary, tuple(smoothed))
 
 
-def _smooth(keys: Ids, counts: Ids, context: Ids, contexts: int, smoothing: Smoothing) -> Order:
-    weight = counts.astype(np.float64)
-    if smoothing == "kneser-ney":
-        discount = _discounts(counts)[np.minimum(counts, 3)]
-        held_back = np.bincount(context, discount, contexts)
-        total = np.bincount(context, weight, contexts)
-        weight -= discount
-    else:
-        held_back = np.bincount(context, minlength=contexts).astype(np.float64)
-        total = np.bincount(context, weight, contexts) + held_back
+def _smooth(keys: Ids, counts: Ids, context: Ids, contexts: int) -> Order:
+    discount = _discounts(counts)[np.minimum(counts, 3)]
+    total = np.bincount(context, counts, contexts)
+    held_back = np.bincount(context, discount, contexts)
     # The n-gram that closes the text is a context nothing followed: all is left to the shorter one.
     rest = np.divide(held_back, total, out=np.ones(contexts), where=total > 0)
-    return Order(keys, weight / total[context], rest)
+    return Order(keys, (counts - discount) / total[context], rest)
 
 
 def _discounts(counts: Ids) -> Floats:
-    """(4,) what to take from counts of 0, 1, 2, and 3 or more (Chen & Goodman 1999, equation 26).
+    """(4,) what to take from counts of 0, 1, 2, and 3 or more (Chen & Goodman 1999).
 
     Too few counts to estimate from (bytes alone are all frequent) give the constants that KenLM uses then.
     """
@@ -169,17 +155,15 @@ def encode(texts: Iterable[str], tokenizer: Tokenizer | None, boundary: int) -> 
     return np.concatenate(parts)
 
 
-def score(
-    train: list[Path], evaluation: list[Path], order: int, smoothing: Smoothing, folder: Path | None
-) -> dict[str, object]:
+def score(train: list[Path], evaluation: list[Path], order: int, folder: Path | None) -> dict[str, object]:
     """Fit on `train`, score `evaluation`; the figures that the command prints."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(folder) if folder else None
-    boundary = tokenizer.get_vocab_size() if tokenizer else 256
+    boundary = max(tokenizer.get_vocab().values()) + 1 if tokenizer else 256
     units = encode(documents(train), tokenizer, boundary)
     if len(units) < order:
         raise RonnaError(f"only {len(units)} units to fit {order}-grams on", fix="give more text to --train")
-    model = fit(units, boundary + 1, order, smoothing)
+    model = fit(units, boundary + 1, order)
     fitted = time.perf_counter()
     texts = list(documents(evaluation))
     held_out = encode(texts, tokenizer, boundary)
@@ -189,7 +173,6 @@ def score(
         "benchmark": "ngram",
         "units": str(folder) if folder else "bytes",
         "order": order,
-        "smoothing": smoothing,
         "vocabulary": boundary + 1,
         "train_units": len(units),
         "ngrams": sum(len(found.keys) for found in model.orders),
@@ -209,11 +192,12 @@ def main() -> int:
     parser.add_argument("--train", type=Path, nargs="+", help="text or jsonl files; else the embedded corpus")
     parser.add_argument("--eval", type=Path, nargs="+", dest="evaluation")
     parser.add_argument("--order", type=int, help="length of the n-grams (5 tokens or 9 bytes)")
-    parser.add_argument("--smoothing", choices=("kneser-ney", "witten-bell"), default="kneser-ney")
     parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json")
     args = parser.parse_args()
     if bool(args.train) != bool(args.evaluation):
         parser.error("--train and --eval go together")
+    if args.order is not None and args.order < 1:
+        parser.error("--order counts from 1")
     order = args.order or (5 if args.tokenizer else 9)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +207,7 @@ def main() -> int:
                 train, evaluation = (
                     [Path(folder, "text", name)] for name in ("train.jsonl", "validation.jsonl")
                 )
-            print(json.dumps(score(train, evaluation, order, args.smoothing, args.tokenizer)))
+            print(json.dumps(score(train, evaluation, order, args.tokenizer)))
     except RonnaError as error:
         print(error, file=sys.stderr)
         return 2

@@ -28,3 +28,40 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the real data sets: set RONNA_TEST_DATA to their folder")
     return folder
+
+
+WORDS = "the film was good bad great awful a plot with acting and music dull bright story never always fun".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT folder of a few thousand random weights with its own small tokenizer."""
+    from ronna.model.families import preset
+    from ronna.model.folder import save_folder
+    from ronna.model.init import build
+    from ronna.text.tokenizer import TokenizerConfig, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, TokenizerConfig(kind="wordpiece", vocab=300, lowercase=True))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    family, cfg = preset("bert-tiny", vocab_size=tokenizer.vocab_size, max_position_embeddings=64, **sizes)
+    save_folder(build(cfg, seed=0), family, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 folder of a few thousand random weights with its own small tokenizer."""
+    from ronna.model.families import preset
+    from ronna.model.folder import save_folder
+    from ronna.model.init import build
+    from ronna.text.tokenizer import TokenizerConfig, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-gpt")
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, TokenizerConfig(kind="bpe", vocab=300))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    family, cfg = preset("gpt2-tiny", vocab_size=tokenizer.vocab_size, max_position_embeddings=64, **sizes)
+    save_folder(build(cfg, seed=0), family, folder)
+    tokenizer.save(folder)
+    return folder

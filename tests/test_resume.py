@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ronna.base.errors import RonnaError
-from ronna.prepare import prepare, train_tokenizer_run
+from ronna.verbs.prepare import prepare, train_tokenizer_run
 from ronna.run import Interrupted, Training, prepare_run
 from ronna.runfile import PrepareRun, PretrainRun, TokenizerRun
 from ronna.text.training import TokenizerConfig

@@ -3,14 +3,14 @@
 from typing import Any
 
 from ronna.base.config import build
-from ronna.doctor import doctor as _doctor
-from ronna.evaluate import Loaded, load
-from ronna.evaluate import evaluate as _evaluate
-from ronna.evaluate import generate_run as _generate
-from ronna.evaluate import predict as _predict
-from ronna.inspect import inspect as _inspect
-from ronna.prepare import prepare as _prepare
-from ronna.prepare import train_tokenizer_run as _train_tokenizer
+from ronna.verbs.doctor import doctor as _doctor
+from ronna.verbs.evaluate import Loaded, load
+from ronna.verbs.evaluate import evaluate as _evaluate
+from ronna.verbs.evaluate import generate_run as _generate
+from ronna.verbs.evaluate import predict as _predict
+from ronna.verbs.inspect import inspect as _inspect
+from ronna.verbs.prepare import prepare as _prepare
+from ronna.verbs.prepare import train_tokenizer_run as _train_tokenizer
 from ronna.run import execute
 from ronna.runfile import (
     DoctorRun,

@@ -68,8 +68,8 @@ class Parts:
 def assemble_pretrain(run: PretrainRun) -> Parts:
     shards = Shards(Path(run.data.train))
     tokenizer = shards_tokenizer(shards, run.data.train)
-    family, model = pretrain_model(run, tokenizer)
     objective = build_objective(run, tokenizer, shards)
+    family, model = pretrain_model(run, tokenizer)
     data = PackedDocuments(shards, run.train.length, objective.overhead)
     limit = model.cfg.max_length
     if limit is not None and run.train.length > limit:
@@ -217,6 +217,7 @@ def drop(model: Transformer, config: ModelConfig) -> Transformer:
 
 
 def assemble_finetune(run: FinetuneRun) -> Parts:
+    read_config(run.model.name)  # a mistyped folder should not wait for the data to be read
     splits = resolve_splits(run.data)
     rows, account = read_splits(splits, run)
     problem = run.task.problem
@@ -331,12 +332,6 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 def finetune_model(run: FinetuneRun, labels: int) -> tuple[Family, Transformer]:
     """The folder's model with a classifier of the right size, or the same architecture with new weights."""
-    if not Path(run.model.name).is_dir():
-        raise RonnaError(
-            "not a model folder",
-            where=run.model.name,
-            fix="give a folder with config.json and model.safetensors, ours or Hugging Face's",
-        )
     family, cfg = read_config(Path(run.model.name))
     classifier = classifier_for(family, cfg, labels)
     if run.model.scratch:

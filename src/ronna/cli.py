@@ -52,18 +52,18 @@ COLUMNS = (
 VERBS: dict[str, Verb] = {
     "data inspect": Verb(
         "what a data file is: format, fields, lengths, labels, bad rows, leaks between splits",
-        "InspectRun", "ronna.inspect:inspect",
+        "InspectRun", "ronna.verbs.inspect:inspect",
         (Flag("input", "input", "files or folders", "+"), Flag("--tokenizer", "tokenizer", "folder, to count tokens"),
          Flag("--text", "text", "column of the text"), Flag("--label", "label", "column of the label")), file=False,
     ),
     "tokenizer train": Verb(
-        "train a tokenizer", "TokenizerRun", "ronna.prepare:train_tokenizer_run",
+        "train a tokenizer", "TokenizerRun", "ronna.verbs.prepare:train_tokenizer_run",
         (Flag("--input", "input", "files or folders of text", "+"), OUT,
          Flag("--kind", "tokenizer.kind", "wordpiece, bpe (byte-level), unigram"),
          Flag("--vocab", "tokenizer.vocab", "number of tokens"), BAD_ROWS),
     ),
     "prepare": Verb(
-        "text -> clean, deduplicated, tokenized shards", "PrepareRun", "ronna.prepare:prepare",
+        "text -> clean, deduplicated, tokenized shards", "PrepareRun", "ronna.verbs.prepare:prepare",
         (Flag("--input", "input", "files or folders of text", "+"), OUT,
          Flag("--tokenizer", "tokenizer", "tokenizer or model folder"), Flag("--text", "text", "column of the text"),
          Flag("--validation", "validation", "share of documents to hold out"), BAD_ROWS),
@@ -89,19 +89,19 @@ VERBS: dict[str, Verb] = {
          OUT, SEED, DEVICE, *TRAINING),
     ),
     "evaluate": Verb(
-        "measure a model on a file", "EvaluateRun", "ronna.evaluate:evaluate",
+        "measure a model on a file", "EvaluateRun", "ronna.verbs.evaluate:evaluate",
         (Flag("--model", "model", "model folder"), Flag("--data", "data", "files", "+"), OUT, *COLUMNS,
          Flag("--label", "label", "column of the label"), Flag("--length", "length", "tokens of a sequence or window"),
          DEVICE, PRECISION, BAD_ROWS),
     ),
     "predict": Verb(
-        "records in, records with predictions out, streaming", "PredictRun", "ronna.evaluate:predict",
+        "records in, records with predictions out, streaming", "PredictRun", "ronna.verbs.evaluate:predict",
         (Flag("--model", "model", "model folder"), Flag("--input", "input", "file, or - for standard input"),
          Flag("--output", "output", "file, or - for standard output"), *COLUMNS,
          Flag("--length", "length", "most tokens of a sequence"), DEVICE, PRECISION, BAD_ROWS),
     ),
     "generate": Verb(
-        "text from a decoder or an encoder-decoder", "GenerateRun", "ronna.evaluate:generate_run",
+        "text from a decoder or an encoder-decoder", "GenerateRun", "ronna.verbs.evaluate:generate_run",
         (Flag("--model", "model", "model folder"), Flag("--prompt", "prompt", "one or more prompts", "+"),
          Flag("--max-tokens", "decoding.max_tokens", "tokens to write at most"),
          Flag("--temperature", "decoding.temperature", "0 is greedy"), Flag("--top-k", "decoding.top_k", ""),
@@ -110,7 +110,7 @@ VERBS: dict[str, Verb] = {
          DEVICE, PRECISION),
     ),
     "doctor": Verb(
-        "check a run file, its data and its model before it starts", "DoctorRun", "ronna.doctor:doctor",
+        "check a run file, its data and its model before it starts", "DoctorRun", "ronna.verbs.doctor:doctor",
         (Flag("run", "run", "run file"),), file=False,
     ),
 }  # fmt: skip

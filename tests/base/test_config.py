@@ -216,3 +216,31 @@ def test_needs_no_torch():
         "import ronna.base.config, ronna.base.track, ronna.base.device, sys; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+class Adam(Config):
+    kind: Literal["adam"] = "adam"
+    lr: float = 1.0
+    decay: float = 0.5
+
+
+class Sgd(Config):
+    kind: Literal["sgd"] = "sgd"
+    lr: float = 2.0
+
+
+class Settings(Config):
+    optim: Annotated[Adam | Sgd, Field(discriminator="kind")] = Adam(lr=3.0, decay=0.7)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"lr": 5.0}, Adam(lr=5.0, decay=0.7)),
+        ({"kind": "adam"}, Adam(lr=3.0, decay=0.7)),
+        ({"kind": "sgd"}, Sgd()),
+        ({"kind": "sgd", "lr": 5.0}, Sgd(lr=5.0)),
+    ],
+)
+def test_a_table_in_part_keeps_the_rest_of_its_default(given, wanted):
+    assert build(Settings, {"optim": given}, "run.toml").optim == wanted

@@ -32,7 +32,7 @@ def drawn(size=400, seed=0):
 
 
 def kneser_ney(units, order, discounts):
-    """The recursion of Chen & Goodman (1999), section 3, with dictionaries."""
+    """The recursion of Chen & Goodman (1999) with dictionaries."""
     counts = {
         k: Counter(tuple(units[i - k : i]) for i in range(k, len(units) + 1)) for k in range(1, order + 1)
     }
@@ -56,11 +56,10 @@ def kneser_ney(units, order, discounts):
     return p
 
 
-@pytest.mark.parametrize("smoothing", ["kneser-ney", "witten-bell"])
 @pytest.mark.parametrize("order", [1, 2, 5])
-def test_probabilities_sum_to_one(ngram, smoothing, order):
+def test_probabilities_sum_to_one(ngram, order):
     units = np.append(drawn(), VOCABULARY - 1)  # the last one is a context that nothing follows
-    model = ngram.fit(units, VOCABULARY, order, smoothing)
+    model = ngram.fit(units, VOCABULARY, order)
     contexts = [[], [VOCABULARY - 1], [0, 1, 2, 3, 4], [10, 10, 10], list(units[-4:]), list(units[:4])]
     contexts += [list(units[i : i + 6]) for i in range(0, 60, 7)]
     for context in contexts:
@@ -91,14 +90,6 @@ def test_discounts(ngram):
     assert list(ngram._discounts(np.array([9, 9]))) == [0, 0.5, 1, 1.5]
 
 
-def test_witten_bell_by_hand(ngram):
-    model = ngram.fit(np.array([0, 1, 0, 1, 0, 2]), 4, 2, "witten-bell")
-    unigram = {1: 2 / 9 + 3 / 9 / 4, 3: 3 / 9 / 4}  # six units, three of them different
-    after_zero = {unit: ((2 if unit == 1 else 0) + 2 * unigram[unit]) / 5 for unit in (1, 3)}
-    for unit, expected in after_zero.items():
-        assert model.probabilities(np.array([0, unit]))[-1] == pytest.approx(expected)
-
-
 def byte_level_bpe(folder, normalizer=None):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -116,14 +107,14 @@ def test_bits_are_those_of_the_whole_text(ngram, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": TEXT, "title": "cats"}) + "\n")
     (tmp_path / "eval.txt").write_text("the cat sat on é 猫.\n", encoding="utf-8")
     files = [tmp_path / "train.jsonl"], [tmp_path / "eval.txt"]
-    by_byte = ngram.score(*files, 4, "kneser-ney", None)
+    by_byte = ngram.score(*files, 4, None)
     assert by_byte["eval_bytes"] == by_byte["eval_units"] == 23
     train, held_out = (np.frombuffer(text.encode(), np.uint8) for text in (TEXT, "the cat sat on é 猫.\n"))
     model = ngram.fit(np.append(256, train).astype(int), 257, 4)
     p = model.probabilities(np.append(256, held_out).astype(int))[1:]
     assert by_byte["bits_per_byte"] == pytest.approx(-np.log(p).sum() / np.log(2) / 23, abs=1e-4)
     assert by_byte["perplexity"] == pytest.approx(np.exp(-np.log(p).mean()), abs=1e-4)
-    by_token = ngram.score(*files, 3, "witten-bell", byte_level_bpe(tmp_path / "bpe"))
+    by_token = ngram.score(*files, 3, byte_level_bpe(tmp_path / "bpe"))
     assert by_token["eval_bytes"] == 23 > by_token["eval_units"]
     bits = by_token["eval_units"] * np.log2(by_token["perplexity"])
     assert by_token["bits_per_byte"] == pytest.approx(bits / 23, rel=1e-3)
@@ -134,8 +125,8 @@ def test_what_the_user_can_mend(ngram, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT.title())
     files = [tmp_path / "a.txt"], [tmp_path / "a.txt"]
     with pytest.raises(RonnaError, match="loses a part"):
-        ngram.score(*files, 3, "kneser-ney", byte_level_bpe(tmp_path / "bpe", normalizers.Lowercase()))
+        ngram.score(*files, 3, byte_level_bpe(tmp_path / "bpe", normalizers.Lowercase()))
     with pytest.raises(RonnaError, match=r"no tokenizer\.json"):
-        ngram.score(*files, 3, "kneser-ney", tmp_path)
+        ngram.score(*files, 3, tmp_path)
     with pytest.raises(RonnaError, match="units to fit"):
-        ngram.score(*files, 10_000, "kneser-ney", None)
+        ngram.score(*files, 10_000, None)

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, one per family and wiring, and what both sides compute on the same text."""
+"""Tiny random models of transformers, one per wiring, and what both sides compute on the same text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,9 +33,9 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """`lm` and `classify` are transformers' classes for one config; `untied` gives the head its own matrix."""
+    """`lm` and `classify` are classes of transformers; `untied` gives the head a matrix of its own."""
 
-    config: type[hf.PreTrainedConfig]
+    config: Callable[..., hf.PreTrainedConfig]
     lm: type[hf.PreTrainedModel]
     settings: dict[str, Any]
     classify: type[hf.PreTrainedModel] | None = None
@@ -47,7 +47,7 @@ class Case:
         return bool(self.config().is_encoder_decoder)
 
     def build(self, cls: type[hf.PreTrainedModel] | None = None, **more: Any) -> Any:
-        """A model of transformers with noise on every parameter: zeros and ones would hide a forgotten bias."""
+        """Their model with noise on every parameter: zeros and ones would hide a forgotten bias."""
         rng = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         model = (cls or self.lm)(self.config(**self.settings, **more, attn_implementation="eager")).eval()
@@ -81,7 +81,8 @@ CASES = {
     ),
     "llama scaled": Case(
         hf.LlamaConfig, hf.LlamaForCausalLM,
-        TINY | {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
+        TINY | {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "attention_bias": True}
+        | {"mlp_bias": True},
     ),
     "qwen2": Case(hf.Qwen2Config, hf.Qwen2ForCausalLM, TINY | {"num_key_value_heads": 2}),
     "qwen3": Case(
@@ -149,7 +150,10 @@ def theirs(case: Case, model: Any, batch: Texts) -> Tensor:
     ids, mask = pad(batch.rows), pad([torch.ones_like(r) for r in batch.rows])
     with torch.no_grad():
         if case.seq2seq:
-            read = {"input_ids": pad(batch.sources), "attention_mask": pad([s * 0 + 1 for s in batch.sources])}
+            read = {
+                "input_ids": pad(batch.sources),
+                "attention_mask": pad([s * 0 + 1 for s in batch.sources]),
+            }
             logits = model(**read, decoder_input_ids=ids, decoder_attention_mask=mask).logits
         else:
             more = {"token_type_ids": pad(batch.segments)} if case.segments else {}

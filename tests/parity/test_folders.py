@@ -1,4 +1,4 @@
-"""Folders we write are those that transformers would write: same keys, same shapes, loaded by it as they are."""
+"""Folders we write are those that transformers would write: same keys, same shapes, loaded as they are."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from safetensors import safe_open
 from ronna.model.folder import load_folder, save_folder
 from ronna.model.transformer import Transformer
 
-from .cases import CASES, Case, ours, scores, texts, theirs
+from .cases import CASES, ours, scores, texts, theirs
 from .conftest import Pair
 
 
 def layout(folder: Path) -> dict[str, list[int]]:
-    found = {}
+    found: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
@@ -25,7 +25,7 @@ def layout(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-def read_back(case: Case, cls: type[hf.PreTrainedModel], folder: Path) -> Any:
+def read_back(cls: Any, folder: Path) -> Any:
     """transformers' model of a folder, which must lack nothing and have nothing over."""
     model, info = cls.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
     assert not any(info.values()), info
@@ -40,7 +40,7 @@ def same_state(a: Transformer, b: Transformer) -> bool:
 def test_what_we_save_is_what_transformers_saves(pair: Pair, tmp_path: Path) -> None:
     save_folder(pair.ours, pair.family, tmp_path)
     assert layout(tmp_path) == layout(pair.folder)
-    again = read_back(pair.case, pair.case.lm, tmp_path)
+    again = read_back(pair.case.lm, tmp_path)
     batch = texts()
     assert torch.equal(theirs(pair.case, again, batch), theirs(pair.case, pair.theirs, batch))
     loaded = load_folder(tmp_path)
@@ -56,7 +56,7 @@ def test_shards_and_their_index(pair: Pair, tmp_path: Path) -> None:
     assert len(files) > 3 and not (tmp_path / "model.safetensors").exists()
     assert index["weight_map"].keys() == layout(pair.folder).keys()
     assert all((tmp_path / f).stat().st_size < 120_000 for f in files)
-    read_back(pair.case, pair.case.lm, tmp_path)
+    read_back(pair.case.lm, tmp_path)
     assert same_state(load_folder(tmp_path).model, pair.ours)
 
 
@@ -67,11 +67,11 @@ def test_classifiers_travel_with_their_labels(name: str, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "theirs")
     loaded = load_folder(tmp_path / "theirs")
     save_folder(
-        loaded.model, loaded.family, tmp_path / "ours", labels=labels, problem_type="single_label_classification",
-        extra_config=loaded.config,
+        loaded.model, loaded.family, tmp_path / "ours", labels=labels,
+        problem_type="single_label_classification", extra_config=loaded.config,
     )  # fmt: skip
     assert layout(tmp_path / "ours") == layout(tmp_path / "theirs")
-    again = read_back(case, case.classify, tmp_path / "ours")
+    again = read_back(case.classify, tmp_path / "ours")
     assert again.config.id2label == dict(enumerate(labels))
     assert again.config.label2id == {label: i for i, label in enumerate(labels)}
     assert again.config.problem_type == "single_label_classification"
@@ -87,17 +87,21 @@ def test_bert_with_both_heads_is_for_pretraining(tmp_path: Path) -> None:
     case = CASES["bert"]
     model = case.build(hf.BertForPreTraining)
     model.save_pretrained(tmp_path / "theirs")
-    loaded = load_folder(tmp_path / "theirs", head=True, classifier=load_folder(tmp_path / "theirs").model.cfg.classifier)
+    loaded = load_folder(
+        tmp_path / "theirs", head=True, classifier=load_folder(tmp_path / "theirs").model.cfg.classifier
+    )
     save_folder(loaded.model, loaded.family, tmp_path / "ours")
     assert layout(tmp_path / "ours") == layout(tmp_path / "theirs")
-    read_back(case, hf.BertForPreTraining, tmp_path / "ours")
+    read_back(hf.BertForPreTraining, tmp_path / "ours")
 
 
 def test_a_body_alone_has_no_prefix(pair: Pair, tmp_path: Path) -> None:
     body = load_folder(pair.folder, head=False)
     assert body.model.head is None
     save_folder(body.model, body.family, tmp_path)
-    assert not any(key.startswith(("bert.", "model.", "transformer.", "roberta.")) for key in layout(tmp_path))
+    assert not any(
+        key.startswith(("bert.", "model.", "transformer.", "roberta.")) for key in layout(tmp_path)
+    )
     model, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     computed = ("pooler", "embed_positions")  # neither a body's weights: one is a head, the other sinusoids
     assert not info["unexpected_keys"]

@@ -1,7 +1,7 @@
 """Our flat batches against transformers' padded ones; parameters and operations by formula = built = counted.
 
-The bound is 1e-4 of the logits' standard deviation: the exact GELU instead of the tanh form moves logits by only
-a few times that, so it is never to be relaxed.
+The bound is 1e-4 of the logits' standard deviation: the exact GELU instead of the tanh form moves logits by
+only a few times that, so it is never to be relaxed.
 """
 
 from dataclasses import replace

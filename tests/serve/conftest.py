@@ -25,9 +25,7 @@ def gpt2() -> c.Model:
 def llama() -> c.Model:
     attention = c.Attention(4, 8, kv_heads=2, rotary=c.Rotary(), window=9)
     block = c.Block(attention, c.FeedForward(48, "silu", gated=True), RMS)
-    return c.Model(
-        DIM, c.Embedding(VOCAB), c.Head(False), decoder=c.Stack((block,) * 2, True, final_norm=RMS)
-    )
+    return c.Model(DIM, c.Embedding(VOCAB), c.Head(False), decoder=c.Stack((block,) * 2, True, final_norm=RMS))
 
 
 def t5() -> c.Model:

@@ -12,11 +12,11 @@ CASES = [(False, 1.0), (False, 0.0), (True, 1.0), (True, 2.5), ("never", 1.0), (
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "transformer2017"])
 @pytest.mark.parametrize(("early", "penalty"), CASES)
 def test_sequences_and_scores(models, theirs, prompts, name, early, penalty):
-    config = GenerateConfig(max_tokens=8, beams=3, length_penalty=penalty, early_stopping=early)
+    config = GenerateConfig(max_tokens=14, beams=3, length_penalty=penalty, early_stopping=early)
     found = generate(models[name], prompts, config, eos=EOS, start=START)
     for prompt, generation in zip(prompts, found, strict=True):
         expected, score = theirs(
-            models[name], prompt, START, sorted(EOS), max_new_tokens=8,
+            models[name], prompt, START, sorted(EOS), max_new_tokens=14,
             num_beams=3, length_penalty=penalty, early_stopping=early,
         )  # fmt: skip
         ended = expected[-1] in EOS

@@ -43,9 +43,7 @@ def test_greedy_is_that_of_transformers(models, theirs, prompts, name, ours, opt
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.3}, {"beams": 3}], ids=["greedy", "drawn", "beams"]
-)
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3}, {"beams": 3}], ids=["greedy", "drawn", "beams"])
 def test_alone_is_as_in_company(models, prompts, name, options):
     config = GenerateConfig(max_tokens=12, **options)
     together = generate(models[name], prompts, config, eos=EOS, start=START)
@@ -87,9 +85,7 @@ def test_a_sequence_stops_where_the_positions_end(models):
         assert {g.finish for g in found} == {"length"}
     with pytest.raises(RonnaError, match="prompt 1: 49 tokens, but the model reads 48 at most"):
         generate(models["gpt2"], [[5], [5] * 49], config)
-    assert (
-        len(generate(models["transformer2017"], [[5]], GenerateConfig(), start=1)[0].tokens) == POSITIONS - 1
-    )
+    assert len(generate(models["transformer2017"], [[5]], GenerateConfig(), start=1)[0].tokens) == POSITIONS - 1
 
 
 def test_empty_prompts_begin_with_bos(models):
@@ -119,11 +115,13 @@ def test_what_cannot_be_generated_is_said(models):
 
 def test_tokens_and_text_come_as_they_are_made(models, prompts):
     calls = []
-    config = GenerateConfig(max_tokens=14)
+    # Each letter might begin a stop string, so its text comes with the next token or the end.
+    config = GenerateConfig(max_tokens=14, stop=tuple(letters([token]) + "?" for token in range(VOCAB)))
     found = generate(
         models["gpt2"], prompts, config, eos=EOS, decode=letters, on_token=lambda *call: calls.append(call)
     )
-    assert [g.tokens for g in found] == [g.tokens for g in generate(models["gpt2"], prompts, config, eos=EOS)]
+    plain = generate(models["gpt2"], prompts, GenerateConfig(max_tokens=14), eos=EOS)
+    assert [g.tokens for g in found] == [g.tokens for g in plain]
     for index, generation in enumerate(found):
         mine = [call for call in calls if call[0] == index]
         assert "".join(text for _, _, text, _ in mine) == generation.text == letters(generation.tokens)

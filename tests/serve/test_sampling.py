@@ -19,7 +19,7 @@ def logits(rows=6, vocab=50, seed=0):
     "options",
     [
         *({}, {"top_k": 1}, {"top_k": 7}, {"top_k": 90}, {"top_p": 0.9}, {"top_p": 0.01}, {"min_p": 0.1}),
-        *({"top_k": 9, "top_p": 0.7}, {"top_k": 9, "top_p": 0.8, "min_p": 0.2}, {"min_p": 1.0}),
+        *({"top_k": 9, "top_p": 0.7}, {"top_k": 9, "top_p": 0.8, "min_p": 0.2}, {"min_p": 1.0}, {"top_p": 1e-9}),
     ],
 )
 def test_the_tokens_left_are_those_of_transformers(options, temperature):
@@ -98,7 +98,7 @@ def test_extremes_of_a_draw_stay_inside():
 @pytest.mark.parametrize("temperature", [1e-9, 1e-4])
 def test_a_cold_draw_is_the_likeliest_token(temperature):
     config = GenerateConfig(temperature=temperature)
-    scores = logits() * 1e6
+    scores = logits() * 1e9
     assert torch.equal(choose(scores, config, draw_keys(0, list(range(6))), 0), scores.argmax(-1))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -141,7 +141,7 @@ def build(model: type[C], tree: Tree, where: str) -> C:
     """`tree` as a `model`; `where` names the file in the RonnaError that lists every mistake at once."""
     # Strict, or `steps = true` would quietly train one step; as JSON, or strict would refuse a list
     # for a tuple and a string for a path.
-    text = json.dumps(tree, default=str)
+    text = json.dumps(_with_defaults(model, tree), default=str)
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -154,6 +154,22 @@ def build(model: type[C], tree: Tree, where: str) -> C:
     )
     fix = "mend each line above, in the file or with --set key.path=value"
     raise RonnaError(f"{len(mistakes)} mistakes{listed}", where=where, fix=fix)
+
+
+def _with_defaults(model: type[BaseModel], tree: Tree) -> Tree:
+    """`tree` where a table written in part keeps the rest of its default, unless it names another `kind`.
+
+    So `optim.lr = 1e-4` alone changes the rate of the optimizer that a verb has by default, and nothing else.
+    """
+    merged = dict(tree)
+    for name, field in model.model_fields.items():
+        given, default = tree.get(name), field.default
+        if not isinstance(given, Mapping) or not isinstance(default, Config):
+            continue
+        usual = default.model_dump(mode="json", exclude_none=True)
+        if given.get("kind", usual.get("kind")) == usual.get("kind"):
+            merged[name] = {**usual, **_with_defaults(type(default), dict(given))}
+    return merged
 
 
 class _Mistake(NamedTuple):

@@ -110,5 +110,6 @@ class BadRows:
         text = shown.decode("utf-8", "backslashreplace") if isinstance(shown, bytes) else shown
         row = {"path": str(path), "line": line, "reason": bad.reason, "detail": bad.detail, "raw": text}
         # ASCII, because the raw row may hold lone surrogates, which no UTF-8 file can.
+        self.quarantine_file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.quarantine_file, "a" if self.quarantined else "w", encoding="ascii") as file:
             file.write(json.dumps(row) + "\n")

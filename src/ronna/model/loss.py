@@ -6,12 +6,14 @@ Legend: M predicted positions, C channels, V vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ronna.model.transformer import Head
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32
+CHUNK_ELEMENTS = 2**26  # logits of one chunk: 128 MiB in bf16
+TILE_ELEMENTS = 2**21  # of its softmax: 8 MiB in fp32, which stays in a cache
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -22,36 +24,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         need_x, need_w, need_b, _ = ctx.needs_input_grad
+        training = need_x or need_w or need_b
         grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(weight) if need_w else None
+        grad_w = torch.zeros_like(weight) if need_w and x.shape[0] == 0 else None
         grad_b = torch.zeros_like(bias) if need_b and bias is not None else None
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         correct = torch.zeros((), dtype=torch.long, device=x.device)
         for start in range(0, x.shape[0], rows):
             part, gold = x[start : start + rows], labels[start : start + rows, None]
-            logits = torch.nn.functional.linear(part, w, b)
-            correct += (logits.argmax(-1, keepdim=True) == gold).sum()
-            log_p = torch.log_softmax(logits, dim=-1, dtype=total.dtype)
-            del logits
-            total -= log_p.gather(1, gold).sum()
-            if not (need_x or need_w or need_b):
-                continue
-            grad = log_p.exp_()
-            grad.scatter_add_(1, gold, grad.new_full((1, 1), -1.0).expand_as(gold))
-            grad = grad.to(x.dtype)
+            logits = F.linear(part, w, b)
+            if not training:
+                correct += (logits.argmax(-1, keepdim=True) == gold).sum()
+            total += softmax_in_place(logits, gold, total.dtype, training)
             if grad_x is not None:
-                torch.mm(grad, w, out=grad_x[start : start + rows])
-            if grad_w is not None:
-                grad_w += grad.T @ part
+                torch.mm(logits, w, out=grad_x[start : start + rows])
+            if need_w:
+                product = logits.T @ part
+                grad_w = product.to(weight.dtype) if grad_w is None else grad_w.add_(product)
             if grad_b is not None:
-                grad_b += grad.sum(0)
+                grad_b += logits.sum(0)
         ctx.save_for_backward(grad_x, grad_w, grad_b)
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -62,7 +58,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors), None
 
 
-def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy (nats) and number of correct predictions of hidden states (M, C) against labels (M,)."""
-    x = head.transform(hidden)
-    return ChunkedCrossEntropy.apply(x, head.logits.weight, head.logits.bias, labels)
+def softmax_in_place(logits: Tensor, gold: Tensor, dtype: torch.dtype, training: bool) -> Tensor:
+    """Summed loss of logits (rows, V) against gold (rows, 1); training turns them into their own gradient.
+
+    Worked out in `dtype`, a tile of rows at a time, so that the passes over it do not go to memory.
+    """
+    rows = max(1, TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+    total = logits.new_zeros((), dtype=dtype)
+    for tile, label in zip(logits.split(rows), gold.split(rows), strict=True):
+        log_p = torch.log_softmax(tile, dim=-1, dtype=dtype)
+        total -= log_p.gather(1, label).sum()
+        if training:
+            p = log_p.exp_()
+            tile.copy_(p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand_as(label)))
+    return total
+
+
+def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Summed cross entropy (nats) of hidden states (M, C) against labels (M,), and how many are predicted right.
+
+    The second is counted only where no gradient is taken: it would cost training another look at all logits.
+    """
+    x, weight, bias = head.transform(hidden), head.logits.weight, head.logits.bias
+    if not torch.is_grad_enabled():  # a Function is told that parameters want gradients even then
+        x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
+    total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return total, None if total.requires_grad else correct

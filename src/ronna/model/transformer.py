@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ronna.model import config as c
 from ronna.model.attention import Attention, LayerCache, RelativeBias
-from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, make_norm
+from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, dropout, make_norm
 from ronna.model.sequences import Sequences
 
 
@@ -72,8 +71,8 @@ class Block(nn.Module):
     def residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
         drop = self.cfg.dropout
         if self.cfg.norm_at == "pre":
-            return x + F.dropout(layer(norm(x)), drop, self.training)
-        return norm(x + F.dropout(layer(x), drop, self.training))
+            return x + dropout(layer(norm(x)), drop, self.training)
+        return norm(x + dropout(layer(x), drop, self.training))
 
 
 class Stack(nn.Module):
@@ -88,10 +87,10 @@ class Stack(nn.Module):
     def forward(
         self, x: Tensor, sequences: Sequences, memory: Memory | None = None, cache: Cache | None = None
     ) -> Tensor:
-        x = F.dropout(x, self.cfg.dropout, self.training)
+        x = dropout(x, self.cfg.dropout, self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, sequences, self.bias, memory, cache.layer(i) if cache else None)
-        return F.dropout(self.final_norm(x), self.cfg.dropout, self.training)
+        return dropout(self.final_norm(x), self.cfg.dropout, self.training)
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
@@ -169,7 +168,7 @@ class Classifier(nn.Module):
         x = self.pool(x, sequences)
         if self.dense is not None and self.cfg.dense is not None:
             x = self.norm(ACTIVATIONS[self.cfg.dense](self.dense(x)))
-        return self.out(F.dropout(x, self.cfg.dropout, self.training)).float()
+        return self.out(dropout(x, self.cfg.dropout, self.training)).float()
 
 
 class Transformer(nn.Module):
@@ -197,7 +196,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens, sequences, segments)
-        return F.dropout(x, self.cfg.embedding.dropout, self.training).to(self.compute)
+        return dropout(x, self.cfg.embedding.dropout, self.training).to(self.compute)
 
     def encode(self, tokens: Tensor, sequences: Sequences) -> Memory:
         """What the decoder of an encoder-decoder reads, from source tokens (S,)."""

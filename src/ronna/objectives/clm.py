@@ -42,4 +42,4 @@ class CausalLM:
         assert model.head is not None and batch.labels is not None
         hidden = at_predicted(last_states(model, batch), batch)
         total, correct = vocabulary_loss(model.head, hidden, batch.labels)
-        return Loss({"clm": total}, {"clm_accuracy": correct})
+        return Loss({"clm": total}, {} if correct is None else {"clm_accuracy": correct})

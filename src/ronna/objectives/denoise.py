@@ -65,4 +65,4 @@ class Denoise:
         assert model.head is not None and batch.labels is not None
         hidden = at_predicted(last_states(model, batch), batch)
         total, correct = vocabulary_loss(model.head, hidden, batch.labels)
-        return Loss({"denoise": total}, {"denoise_accuracy": correct})
+        return Loss({"denoise": total}, {} if correct is None else {"denoise_accuracy": correct})

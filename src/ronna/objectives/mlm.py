@@ -133,10 +133,11 @@ class MaskedLM:
         assert model.head is not None and batch.labels is not None
         hidden = last_states(model, batch)
         total, correct = vocabulary_loss(model.head, at_predicted(hidden, batch), batch.labels)
+        stats = {} if correct is None else {"mlm_accuracy": correct}
         if not self.config.nsp:
-            return Loss({"mlm": total}, {"mlm_accuracy": correct})
+            return Loss({"mlm": total}, stats)
         assert model.classifier is not None and batch.targets is not None
         scores = model.classifier(hidden, batch.sequences)
         nsp = F.cross_entropy(scores, batch.targets, reduction="sum")
-        right = (scores.argmax(-1) == batch.targets).sum()
-        return Loss({"mlm": total, "nsp": nsp}, {"mlm_accuracy": correct, "nsp_accuracy": right})
+        stats["nsp_accuracy"] = (scores.argmax(-1) == batch.targets).sum()
+        return Loss({"mlm": total, "nsp": nsp}, stats)

@@ -41,9 +41,7 @@ class Batch:
     ):
         self.model, self.cache, self.memory = model, Cache(), None
         rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-        self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(
-            model.device
-        )
+        self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(model.device)
         self.lengths = torch.tensor([len(row) for row in rows], device=model.device)
         self.longest = self.tokens.shape[1]
         if sources is not None:

@@ -47,9 +47,7 @@ def take(values: Tensor, places: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device)[:, None], places]
 
 
-def settled(
-    found: Hypotheses, running: Tensor, length: int, limits: Tensor, config: GenerateConfig
-) -> Tensor:
+def settled(found: Hypotheses, running: Tensor, length: int, limits: Tensor, config: GenerateConfig) -> Tensor:
     """(B,) whether a prompt needs no further search, by the three rules of `transformers`' early_stopping.
 
     running (B,): the best score of an open beam; length: its tokens; limits (B,): the most it may get.
@@ -62,9 +60,7 @@ def settled(
     return done | full if config.early_stopping is True else done
 
 
-def beam_search(
-    batch: Batch, config: GenerateConfig, eos: Tensor, limits: Tensor
-) -> list[tuple[list[int], float]]:
+def beam_search(batch: Batch, config: GenerateConfig, eos: Tensor, limits: Tensor) -> list[tuple[list[int], float]]:
     """For each sequence of `batch` the best continuation, its closing end token included, and its score.
 
     eos (E,): tokens that end a sequence; limits (B,): the most tokens each may get. The same sequences and

@@ -86,14 +86,10 @@ def generate(
     return results
 
 
-def _check(
-    model: Transformer, config: GenerateConfig, decode: Decode | None, on_token: OnToken | None
-) -> None:
+def _check(model: Transformer, config: GenerateConfig, decode: Decode | None, on_token: OnToken | None) -> None:
     if model.decoder is None or model.head is None:
         lacks = "decoder" if model.decoder is None else "vocabulary head"
-        raise RonnaError(
-            f"the model has no {lacks}, so it cannot generate", fix="use a GPT or T5 kind of model"
-        )
+        raise RonnaError(f"the model has no {lacks}, so it cannot generate", fix="use a GPT or T5 kind of model")
     longest = model.cfg.max_length
     if longest is not None and (config.max_tokens or 0) > longest:
         raise RonnaError(
@@ -103,9 +99,7 @@ def _check(
     if config.stop and decode is None:
         raise RonnaError("stop strings are found in text", where="stop", fix="give a tokenizer as well")
     if config.beams > 1 and on_token is not None:
-        raise RonnaError(
-            "a beam search has no text before its end", where="beams", fix="stream with beams = 1"
-        )
+        raise RonnaError("a beam search has no text before its end", where="beams", fix="stream with beams = 1")
 
 
 def _start(model: Transformer, index: int, prompt: Sequence[int], start: int | None) -> Sequence[int]:
@@ -187,9 +181,7 @@ def _sample(
     results: dict[int, Generation] = {}
     texts = None
     if on_token or config.stop:
-        texts = _Texts(
-            [TextStream(decode or (lambda _: ""), config.stop) for _ in indices], indices, on_token
-        )
+        texts = _Texts([TextStream(decode or (lambda _: ""), config.stop) for _ in indices], indices, on_token)
     ends = torch.tensor(sorted(eos), dtype=torch.long, device=limits.device)
     rows, keys, begun = list(range(len(batch))), draw_keys(config.seed, indices), batch.lengths.tolist()
     log_p, step = torch.zeros(len(batch), device=limits.device), 0
@@ -241,9 +233,7 @@ def perplexity(
     RonnaError for a model that is not a decoder and for lengths that do not fit.
     """
     if model.decoder is None or model.encoder is not None or model.head is None:
-        raise RonnaError(
-            "perplexity is that of a decoder with a vocabulary head", fix="use a GPT kind of model"
-        )
+        raise RonnaError("perplexity is that of a decoder with a vocabulary head", fix="use a GPT kind of model")
     longest = model.cfg.max_length
     if length < 1 or (longest is not None and length > longest):
         fix = "use at least 1" if longest is None else f"use 1 to {longest}, the model's positions"
@@ -270,9 +260,7 @@ class _Window(NamedTuple):
     labels: list[int]  # of the last inputs; those before have been predicted by an earlier window
 
 
-def _windows(
-    documents: Iterable[Sequence[int]], length: int, stride: int, bos: int | None
-) -> Iterator[_Window]:
+def _windows(documents: Iterable[Sequence[int]], length: int, stride: int, bos: int | None) -> Iterator[_Window]:
     for document in documents:
         tokens = [*([] if bos is None else [bos]), *map(int, document)]
         last, done = len(tokens) - 1, 0
@@ -288,13 +276,9 @@ def _window_nats(model: Transformer, windows: list[_Window]) -> float:
     assert model.head is not None
     device = model.device
     sequences = Sequences.of([len(window.inputs) for window in windows], device)
-    hidden = model.hidden(
-        torch.tensor([token for w in windows for token in w.inputs], device=device), sequences
-    )
+    hidden = model.hidden(torch.tensor([token for w in windows for token in w.inputs], device=device), sequences)
     labels = torch.tensor([token for w in windows for token in w.labels], device=device)
-    predicted = torch.tensor(
-        [len(w.inputs) - i <= len(w.labels) for w in windows for i in range(len(w.inputs))]
-    )
+    predicted = torch.tensor([len(w.inputs) - i <= len(w.labels) for w in windows for i in range(len(w.inputs))])
     x = model.head.transform(hidden[predicted.to(device)])
     # Detached, as the loss would prepare gradients of whatever asks for them.
     weight, bias = model.head.logits.weight.detach(), model.head.logits.bias

@@ -13,20 +13,19 @@ from torch import Tensor
 from ronna.base.config import Config
 from ronna.base.device import seed_for
 
-# Below this a temperature can only mean greedy, and dividing by it would leave fp32's range.
+# Below this a temperature can only mean greedy, and dividing by it could leave fp32's range.
 COLD = 1e-5
 
 
 class GenerateConfig(Config):
-    """How to continue a prompt. Names and defaults are those of `transformers`, sampling aside.
+    """How to continue a prompt. Each value means what it means in `transformers`.
 
-    Temperature 0 takes the likeliest token and leaves top_k, top_p, min_p and seed without effect;
-    beams above 1 search for the likeliest sequence (and so refuse a temperature and stop strings).
+    Scores of beams are sums of log-probabilities / tokens ** length_penalty. Temperature 0
+    takes the likeliest token and leaves top_k, top_p, min_p and seed without effect; beams above 1 search for
+    the likeliest sequence, and so refuse a temperature and stop strings.
     """
 
-    max_tokens: int | None = Field(
-        default=None, ge=1, le=2**20
-    )  # None: up to 256, less where the model is short
+    max_tokens: int | None = Field(default=None, ge=1, le=2**20)  # None: up to 256, less where the model is short
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     top_k: int = Field(default=0, ge=0)  # 0: all
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -34,9 +33,7 @@ class GenerateConfig(Config):
     repetition_penalty: float = Field(default=1.0, gt=0.0)
     no_repeat_ngram: int = Field(default=0, ge=0)  # 0: repeat freely
     beams: int = Field(default=1, ge=1, le=256)
-    length_penalty: float = Field(
-        default=1.0, ge=-5.0, le=5.0
-    )  # a score is the sum of log-probabilities / tokens ** length_penalty
+    length_penalty: float = Field(default=1.0, ge=-5.0, le=5.0)
     early_stopping: bool | Literal["never"] = False
     seed: int = Field(default=0, ge=0, lt=2**63)
     stop: tuple[str, ...] = ()
@@ -95,8 +92,7 @@ def warp(scores: Tensor, config: GenerateConfig) -> Tensor:
     Top-p is nucleus sampling (Holtzman et al. 2020), min-p Nguyen et al. 2024.
     """
     out = float("-inf")
-    # Shifted first, so that a low temperature cannot overflow.
-    scores = (scores - scores.amax(-1, keepdim=True)) / config.temperature
+    scores = scores / config.temperature
     if 0 < config.top_k < scores.shape[1]:
         least = scores.topk(config.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < least, out)

@@ -30,9 +30,11 @@ class Detokenizer:
         if whole < len(text):
             return self._give(text, whole) if len(window) <= PATIENCE else self._let_go(window, text, whole)
         piece = self._give(text, whole)
-        # A special token has no text of its own, and must not stand between words and their context.
-        if piece or not self.context:
+        # Without text of its own a token, special ones first of all, must not part words from their context.
+        if piece:
             self.context = self.pending
+        elif not self.given:
+            self.context = window[-PATIENCE:]
         self.pending, self.given = [], len(self.decode(self.context))
         return piece
 

@@ -97,7 +97,7 @@ def preset(name: str, **overrides: Any) -> tuple[Family, Model]:
     base = family.presets[name]
     kind = base.get("model_type", family.model_types[0])
     known = family.settings[kind].model_fields
-    renamed = {family.aliases.get(key, key): value for key, value in overrides.items()}
+    renamed = {own: value for key, value in overrides.items() for own in family.aliases.get(key, (key,))}
     for key in renamed.keys() - known.keys():
         raise RonnaError(f"{name} has no setting {key}", fix=nearest(key, list(known), "settings"))
     return family, family.from_hf({"model_type": kind, **base, **renamed})

@@ -169,6 +169,7 @@ class Family:
     classifier: the usual classifier for a number of labels; None for encoder-decoders.
     prefix: what the keys of a folder without heads leave out. heads, ignored: regexes of keys that belong
     to some head, and of keys that carry nothing. presets: config.json by name.
+    aliases: common names of keys that the family calls otherwise.
     """
 
     name: str
@@ -183,9 +184,7 @@ class Family:
     ignored: str
     presets: dict[str, dict[str, Any]]
     unties: Callable[[Model], bool] = lambda model: False
-    aliases: dict[str, str] = field(
-        default_factory=dict
-    )  # common names of keys that this family calls otherwise
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def model_types(self) -> tuple[str, ...]:

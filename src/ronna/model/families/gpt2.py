@@ -147,10 +147,10 @@ GPT2 = Family(
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)$",
     presets=PRESETS,
     aliases={
-        "max_position_embeddings": "n_positions",
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "intermediate_size": "n_inner",
+        "max_position_embeddings": ("n_positions",),
+        "hidden_size": ("n_embd",),
+        "num_hidden_layers": ("n_layer",),
+        "num_attention_heads": ("n_head",),
+        "intermediate_size": ("n_inner",),
     },
 )

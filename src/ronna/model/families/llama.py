@@ -63,6 +63,7 @@ class Qwen2Settings(LlamaSettings):
     sliding_window: Count = 4096
     max_window_layers: int = 28
     layer_types: list[str] | None = None
+    mlp_bias: Literal[False] = False
 
     @property
     def windowed(self) -> bool:

@@ -191,10 +191,10 @@ T5 = Family(
     presets=PRESETS,
     unties=unties,
     aliases={
-        "max_position_embeddings": "n_positions",
-        "hidden_size": "d_model",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "d_ff",
+        "max_position_embeddings": ("n_positions",),
+        "hidden_size": ("d_model",),
+        "num_hidden_layers": ("num_layers",),
+        "num_attention_heads": ("num_heads",),
+        "intermediate_size": ("d_ff",),
     },
 )

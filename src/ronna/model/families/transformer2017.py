@@ -171,5 +171,10 @@ TRANSFORMER2017 = Family(
     heads=r"(lm_head\.|final_logits_bias$)",
     ignored=r"model\.(encoder|decoder)\.embed_positions\.weight$",
     presets=PRESETS,
-    aliases={"hidden_size": "d_model"},
+    aliases={
+        "hidden_size": ("d_model",),
+        "num_hidden_layers": ("encoder_layers", "decoder_layers"),
+        "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
+        "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
+    },
 )

@@ -17,7 +17,7 @@ from ronna.data.badrows import BadRows
 from ronna.data.sources import read_records, resolve
 from ronna.model.folder import load_folder
 from ronna.model.transformer import Transformer
-from ronna.prepare import texts
+from ronna.verbs.prepare import texts
 from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
 from ronna.serve.decode import Generation, generate, perplexity

@@ -1,0 +1,172 @@
+"""Does the suite notice? Break an important line, run the test that guards it, and see it fail.
+
+    python tests/mutants.py [NAME ...]
+
+Each mutant is one replacement in a temporary copy of src. Before that its test must pass on the copy as it
+is. Prints caught or missed for each and exits with 1 if any was missed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PASSED, FAILED = 0, 1  # pytest's exit codes
+
+
+class Mutant(NamedTuple):
+    """`old`, which stands exactly once in src/ronna/`file`, becomes `new`; then `test` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+LOGITS = "tests/parity/test_logits.py::test_logits_are_those_of_transformers"
+LEAK = "tests/parity/test_isolation.py::test_a_document_never_touches_another"
+CACHE = "tests/parity/test_isolation.py::test_decoding_with_a_cache_is_the_whole_forward"
+FOLDER = "tests/model/test_folder.py"
+
+MUTANTS = [
+    Mutant(
+        "leaked mask",
+        "model/sequences.py",
+        "see = sequence[:, None, :, None] == sequence[:, None, None, :]",
+        "see = (sequence[:, None, :, None] >= 0) & (sequence[:, None, None, :] >= 0)",
+        f"{LEAK}[bert-1-rows shared]",
+    ),
+    Mutant(
+        "window off by one",
+        "model/sequences.py",
+        "see = see & (distance.abs() <= window)",
+        "see = see & (distance.abs() < window)",
+        f"{LOGITS}[modernbert]",
+    ),
+    Mutant(
+        "padded source seen",
+        "model/attention.py",
+        "mask = None if columns.slots is None else (columns.sequence >= 0)[:, None, None, :]",
+        "mask = None",
+        f"{LOGITS}[marian]",
+    ),
+    Mutant(
+        "rotary sign",
+        "model/attention.py",
+        "torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)",
+        "torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)",
+        f"{LOGITS}[llama]",
+    ),
+    Mutant(
+        "cache behind by one",
+        "model/attention.py",
+        "mask = (distance >= 0)[:, None]",
+        "mask = (distance > 0)[:, None]",
+        f"{CACHE}[gpt2]",
+    ),
+    Mutant(
+        "lost tie",
+        "model/transformer.py",
+        "self.head.logits.weight = self.embedding.tokens.weight",
+        "pass",
+        f"{FOLDER}::test_ties_hold_after_loading[gpt2-tiny]",
+    ),
+    Mutant(
+        "lost tie on loading",
+        "model/folder.py",
+        "        model.tie()\n",
+        "",
+        f"{FOLDER}::test_ties_hold_after_loading[gpt2-tiny]",
+    ),
+    Mutant(
+        "T5 head not scaled",
+        "model/families/t5.py",
+        "scale=1 / math.sqrt(h.d_model) if scaled else 1.0",
+        "scale=1.0",
+        f"{LOGITS}[t5 v1.0]",
+    ),
+    Mutant(
+        "T5 attention scaled",
+        "model/families/t5.py",
+        "c.Attention(h.num_heads, h.d_kv, scale=1.0, ",
+        "c.Attention(h.num_heads, h.d_kv, ",
+        f"{LOGITS}[t5 v1.1]",
+    ),
+    Mutant(
+        "fused parts out of order",
+        "model/folder.py",
+        "weight.part * rows, (weight.part + 1) * rows",
+        "(weight.parts - 1 - weight.part) * rows, (weight.parts - weight.part) * rows",
+        f"{LOGITS}[gpt2]",
+    ),
+]
+
+
+def source(mutant: Mutant, root: Path = REPOSITORY / "src") -> Path:
+    """The file to break. ValueError unless what is to be replaced stands there once."""
+    path = root / "ronna" / mutant.file
+    count = path.read_text(encoding="utf-8").count(mutant.old)
+    if count != 1:
+        raise ValueError(f"{mutant.name}: {mutant.old!r} stands {count} times in {mutant.file}")
+    return path
+
+
+def run_test(node: str, src: Path) -> int:
+    """Exit code of one test with the package taken from `src`."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        f"pythonpath={src}",
+        node,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True).returncode
+
+
+def verdict(mutant: Mutant, src: Path, passing: set[str]) -> str:
+    """caught, or missed and why. `src` is a copy, left as it was; `passing` are the tests seen to pass."""
+    path = source(mutant, src)
+    whole = path.read_text(encoding="utf-8")
+    if mutant.test not in passing:
+        if (code := run_test(mutant.test, src)) != PASSED:
+            return f"missed: its test does not pass without it (exit code {code})"
+        passing.add(mutant.test)
+    path.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        code = run_test(mutant.test, src)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    return "caught" if code == FAILED else f"missed: exit code {code}"
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {m.name for m in MUTANTS}
+    if unknown:
+        print(f"no mutant {', '.join(sorted(unknown))}; there are: {', '.join(m.name for m in MUTANTS)}")
+        return 2
+    missed, passing = 0, set[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        src = Path(folder) / "src"
+        shutil.copytree(REPOSITORY / "src", src, ignore=shutil.ignore_patterns("__pycache__"))
+        for mutant in MUTANTS:
+            if names and mutant.name not in names:
+                continue
+            result = verdict(mutant, src, passing)
+            missed += result != "caught"
+            print(f"{result:8} {mutant.name} ({mutant.test})", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
