@@ -182,8 +182,7 @@ def score(train: list[Path], evaluation: list[Path], order: int, folder: Path | 
         "perplexity": round(2 ** bits.mean(), 4),
         "fit_seconds": round(fitted - started, 1),
         "eval_seconds": round(time.perf_counter() - fitted, 1),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
 
 
@@ -204,9 +203,7 @@ def main() -> int:
             train, evaluation = args.train, args.evaluation
             if not train:
                 build_corpus(Path(folder))
-                train, evaluation = (
-                    [Path(folder, "text", name)] for name in ("train.jsonl", "validation.jsonl")
-                )
+                train, evaluation = ([Path(folder, "text", name)] for name in ("train.jsonl", "validation.jsonl"))
             print(json.dumps(score(train, evaluation, order, args.tokenizer)))
     except RonnaError as error:
         print(error, file=sys.stderr)

@@ -104,6 +104,48 @@ MUTANTS = [
         "(weight.parts - 1 - weight.part) * rows, (weight.parts - weight.part) * rows",
         f"{LOGITS}[gpt2]",
     ),
+    Mutant(
+        "divided per micro-batch",
+        "train/loop.py",
+        "terms = [total / counts[term] for term, total in loss.sums.items() if counts[term]]",
+        "terms = [total / batch.counts[term] / len(batches) for term, total in loss.sums.items() if counts[term]]",
+        "tests/train/test_loop.py::test_accumulation_is_the_whole_batch[3]",
+    ),
+    Mutant(
+        "dropout not seeded by the step",
+        "train/loop.py",
+        "        torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)\n",
+        "",
+        "tests/test_resume.py::test_resuming_at_every_step_gives_the_same_weights[clm]",
+    ),
+    Mutant(
+        "masks not seeded by the position",
+        "train/feed.py",
+        "self.objective.samples(self.data[index], sample_rng(self.seed, position))",
+        "self.objective.samples(self.data[index], np.random.default_rng())",
+        "tests/test_resume.py::test_resuming_at_every_step_gives_the_same_weights[mlm]",
+    ),
+    Mutant(
+        "shifted labels",
+        "objectives/clm.py",
+        "np.append(tokens[1:], last)",
+        "np.append(tokens[:-1], last)",
+        "tests/objectives/test_clm.py::test_every_token_is_predicted_from_the_one_before",
+    ),
+    Mutant(
+        "optimizer state forgotten at resume",
+        "run.py",
+        "            load_optimizer_tensors(optimizers, parts.model.named_parameters(), tensors)\n",
+        "",
+        "tests/test_resume.py::test_resuming_at_every_step_gives_the_same_weights[clm]",
+    ),
+    Mutant(
+        "non-finite step taken",
+        "train/loop.py",
+        "not math.isfinite(float(norm))",
+        "False",
+        "tests/train/test_loop.py::test_a_non_finite_step_changes_nothing_and_is_counted",
+    ),
 ]
 
 

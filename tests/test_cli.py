@@ -15,7 +15,7 @@ from ronna.cli import main
 def reviews(tmp_path_factory) -> Path:
     """A folder of splits whose label is told by one word, so that even a tiny model learns it."""
     folder, rng = tmp_path_factory.mktemp("reviews"), random.Random(0)
-    neutral = "the film was a plot with acting and music story".split()
+    neutral = ["the", "film", "was", "a", "plot", "with", "acting", "and", "music", "story"]
     for split, n in (("train", 240), ("validation", 40), ("test", 40)):
         rows = []
         for i in range(n):

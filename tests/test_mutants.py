@@ -42,9 +42,7 @@ def test_caught_missed_and_broken(tmp_path: Path) -> None:
     whole = (base / "errors.py").read_text(encoding="utf-8")
     test = tmp_path / "test_guard.py"
     test.write_text(TEST)
-    swapped = Mutant(
-        "swapped", "base/errors.py", "{self.where}: {self.what}", "{self.what}: {self.where}", ""
-    )
+    swapped = Mutant("swapped", "base/errors.py", "{self.where}: {self.what}", "{self.what}: {self.where}", "")
     passing: set[str] = set()
     for node, result in (
         ("message", "caught"),

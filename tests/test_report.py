@@ -215,9 +215,7 @@ def test_labels_without_a_glyph_are_numbered_with_a_legend(tmp_path, monkeypatch
 
 
 def test_eighty_classes_are_drawn_and_a_thousand_are_listed(tmp_path):
-    svg, named = plots.confusion_plot(
-        np.eye(80, dtype=int).tolist(), [f"_label {i} $x_{{$" for i in range(80)]
-    )
+    svg, named = plots.confusion_plot(np.eye(80, dtype=int).tolist(), [f"_label {i} $x_{{$" for i in range(80)])
     assert named and "</svg>" in svg
     many = build_report(test=scores([f"c{i}" for i in range(200)], rows=400), **fields())
     page = read(write_report(tmp_path, many))

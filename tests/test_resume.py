@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ronna.base.errors import RonnaError
-from ronna.verbs.prepare import prepare, train_tokenizer_run
 from ronna.run import Interrupted, Training, prepare_run
 from ronna.runfile import PrepareRun, PretrainRun, TokenizerRun
 from ronna.text.training import TokenizerConfig
+from ronna.verbs.prepare import prepare, train_tokenizer_run
 
 STEPS = 6
 MODELS = {"mlm": ("bert-tiny", "wordpiece"), "clm": ("gpt2-tiny", "bpe"), "denoise": ("t5-tiny", "unigram")}
@@ -35,9 +35,7 @@ def shards(tmp_path_factory) -> dict[str, Path]:
     for kind in ("wordpiece", "bpe", "unigram"):
         config = TokenizerConfig(kind=kind, vocab=400)
         train_tokenizer_run(TokenizerRun(out=f"{root}/{kind}", input=(f"{root}/text.txt",), tokenizer=config))
-        prepare(
-            PrepareRun(out=f"{root}/{kind}-shards", input=(f"{root}/text.txt",), tokenizer=f"{root}/{kind}")
-        )
+        prepare(PrepareRun(out=f"{root}/{kind}-shards", input=(f"{root}/text.txt",), tokenizer=f"{root}/{kind}"))
         made[kind] = root / f"{kind}-shards" / "train"
     return made
 

@@ -3,14 +3,6 @@
 from typing import Any
 
 from ronna.base.config import build
-from ronna.verbs.doctor import doctor as _doctor
-from ronna.verbs.evaluate import Loaded, load
-from ronna.verbs.evaluate import evaluate as _evaluate
-from ronna.verbs.evaluate import generate_run as _generate
-from ronna.verbs.evaluate import predict as _predict
-from ronna.verbs.inspect import inspect as _inspect
-from ronna.verbs.prepare import prepare as _prepare
-from ronna.verbs.prepare import train_tokenizer_run as _train_tokenizer
 from ronna.run import execute
 from ronna.runfile import (
     DoctorRun,
@@ -23,6 +15,14 @@ from ronna.runfile import (
     PretrainRun,
     TokenizerRun,
 )
+from ronna.verbs.doctor import doctor as _doctor
+from ronna.verbs.evaluate import Loaded, load
+from ronna.verbs.evaluate import evaluate as _evaluate
+from ronna.verbs.evaluate import generate_run as _generate
+from ronna.verbs.evaluate import predict as _predict
+from ronna.verbs.inspect import inspect as _inspect
+from ronna.verbs.prepare import prepare as _prepare
+from ronna.verbs.prepare import train_tokenizer_run as _train_tokenizer
 
 __all__ = [
     "Loaded", "doctor", "evaluate", "finetune", "generate", "inspect", "load", "predict", "prepare", "pretrain",

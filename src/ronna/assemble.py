@@ -27,13 +27,13 @@ from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
 from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun, RecordsConfig
 from ronna.tasks.classify import (
+    PROBLEM_TYPES,
     Classify,
     Example,
     Row,
     collect_labels,
     detect_problem,
     read_rows,
-    PROBLEM_TYPES,
 )
 from ronna.tasks.metrics import Scores
 from ronna.tasks.schema import find_columns, overlap, peek
@@ -229,9 +229,7 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     limit = model.cfg.max_length
     length = run.train.length if limit is None else min(run.train.length, limit)
     task = Classify(run.task, tokenizer, found, labels, length)
-    say(
-        f"task: {found} classification, {len(labels)} labels" if found != "regression" else "task: regression"
-    )
+    say(f"task: {found} classification, {len(labels)} labels" if found != "regression" else "task: regression")
     examples: dict[str, list[Example]] = {}
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
@@ -272,15 +270,11 @@ def resolve_splits(data: RecordsConfig) -> dict[str, list[Path]]:
     if data.test:
         found["test"] = resolve(data.test)
     if not found.get("train"):
-        raise RonnaError(
-            "no training split", where=data.train, fix="name the files train.*, validation.*, test.*"
-        )
+        raise RonnaError("no training split", where=data.train, fix="name the files train.*, validation.*, test.*")
     return found
 
 
-def read_splits(
-    splits: dict[str, list[Path]], run: FinetuneRun
-) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+def read_splits(splits: dict[str, list[Path]], run: FinetuneRun) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """Rows of every split, and the account of what happened to them."""
     data, rows, account = run.data, {}, {}
     for name, paths in splits.items():
@@ -299,15 +293,12 @@ def read_splits(
         rows["train"] = rows["train"][: data.limit]
     for name, some in rows.items():
         if not some:
-            raise RonnaError(
-                f"the {name} split has no usable row", fix="look at the quarantine file in the out folder"
-            )
+            raise RonnaError(f"the {name} split has no usable row", fix="look at the quarantine file in the out folder")
     shared = overlap({n: (f"{r.text}\0{r.pair or ''}" for r in some) for n, some in rows.items()})
     shared = {pair: n for pair, n in shared.items() if pair.startswith("train/")}
     if shared and not data.allow_overlap:
         raise RonnaError(
-            "training texts stand in held-out data: "
-            + ", ".join(f"{n} in {pair}" for pair, n in shared.items()),
+            "training texts stand in held-out data: " + ", ".join(f"{n} in {pair}" for pair, n in shared.items()),
             where=data.train,
             fix="remove them from one side, or accept it with --allow-overlap",
         )
@@ -317,9 +308,7 @@ def read_splits(
 def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Nine tenths and one tenth, by a hash of the text, so that twins stay on one side."""
     held = [hashlib.blake2b(r.text.encode(), digest_size=2).digest() < b"\x19\x99" for r in rows]
-    return [r for r, h in zip(rows, held, strict=True) if not h], [
-        r for r, h in zip(rows, held, strict=True) if h
-    ]
+    return [r for r, h in zip(rows, held, strict=True) if not h], [r for r, h in zip(rows, held, strict=True) if h]
 
 
 def hash_files(paths: Sequence[Path]) -> str:

@@ -145,18 +145,12 @@ def add_verb(group: Any, leaf: str, name: str, verb: Verb) -> None:
             options |= {"nargs": flag.nargs}
         if flag.name.startswith("-"):
             options |= {"dest": f"flag:{flag.key}"}
-            options |= (
-                {} if flag.nargs == "flag" else {"metavar": flag.name.lstrip("-").replace("-", "_").upper()}
-            )
+            options |= {} if flag.nargs == "flag" else {"metavar": flag.name.lstrip("-").replace("-", "_").upper()}
             sub.add_argument(flag.name, **options)
         else:
             sub.add_argument(f"flag:{flag.key}", metavar=flag.name.upper(), **options)
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the run file"
-    )
-    sub.add_argument(
-        "--json", action="store_true", help="print one JSON object on standard output at the end"
-    )
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the run file")
+    sub.add_argument("--json", action="store_true", help="print one JSON object on standard output at the end")
     if name in ("pretrain", "finetune"):
         sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
 
@@ -167,14 +161,8 @@ def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
 
     file = getattr(arguments, "file", None)
     tree: dict[str, Any] = read_toml(file) if file else {}
-    given = {
-        k.removeprefix("flag:"): v
-        for k, v in vars(arguments).items()
-        if k.startswith("flag:") and v is not None
-    }
-    sets = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if not scalar(value)
-    ]
+    given = {k.removeprefix("flag:"): v for k, v in vars(arguments).items() if k.startswith("flag:") and v is not None}
+    sets = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if not scalar(value)]
     sets += [f"{key}={value}" for key, value in given.items() if scalar(value)]
     tree = apply_sets(tree, sets + arguments.set)
     config = getattr(importlib.import_module("ronna.runfile"), verb.config)

@@ -127,9 +127,7 @@ def _svg(figure: Figure) -> str:
 
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "ronna"}):
-        figure.savefig(
-            buffer, format="svg", dpi=160, bbox_inches="tight", metadata={"Date": None, "Creator": None}
-        )
+        figure.savefig(buffer, format="svg", dpi=160, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

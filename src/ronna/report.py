@@ -272,9 +272,7 @@ def read_curves(path: Path) -> Curves:
             for record in records
             if record.get("kind") == kind and isinstance(record["step"], int) and _is_number(record.get(key))
         }
-        return sorted(
-            (step, float(value) if math.isfinite(value) else math.nan) for step, value in points.items()
-        )
+        return sorted((step, float(value) if math.isfinite(value) else math.nan) for step, value in points.items())
 
     rate, share = curve("train", "lr"), curve("train", "lr_scale")
     return Curves(curve("train", "loss"), curve("validation", "loss"), rate or share, not rate)

@@ -19,6 +19,7 @@ from ronna.base.track import Tracker, say
 from ronna.model.folder import load_folder, save_folder
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
+from ronna.text.tokenizer import Tokenizer
 from ronna.train.checkpoint import load_latest
 from ronna.train.checkpointer import Checkpointer
 from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
@@ -103,9 +104,7 @@ class Training:
             )  # fmt: skip
             if progress.step == 0:
                 peak = float(optimizers[0].param_groups[0]["initial_lr"])
-                loop.hooks.append(
-                    FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps))
-                )
+                loop.hooks.append(FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps)))
             progress = loop.train()
         return self.finish(progress)
 
@@ -132,6 +131,7 @@ class Training:
             tensors=tensors,
             labels=parts.labels,
             problem_type=parts.problem_type,
+            extra_config=token_ids(parts.tokenizer),
         )
         parts.tokenizer.save(folder)
 
@@ -158,7 +158,11 @@ class Training:
         scores = self.parts.test(best.to(self.device))
         for name, measured in scores.items():
             say(f"{name}:\n{measured.text()}")
-        kinds = {"objective": self.run.objective.kind} if isinstance(self.run, PretrainRun) else {"task": self.run.task.kind}
+        kinds = (
+            {"objective": self.run.objective.kind}
+            if isinstance(self.run, PretrainRun)
+            else {"task": self.run.task.kind}
+        )
         last = {k: v for k, v in progress.history[-1].items() if k != "step"} if progress.history else {}
         report = build_report(
             title=f"{self.run.verb}: {self.run.model.name}",
@@ -174,6 +178,12 @@ class Training:
         )
         write_report(self.out, report)
         return report.model_dump(mode="json")
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that transformers reads from config.json to pad, begin and end."""
+    roles = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    return {f"{role}_token_id": i for role, i in roles.items() if i is not None}
 
 
 def training_account(p: Progress) -> dict[str, Any]:
@@ -192,9 +202,7 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
     """Everything of a run but the running: data read, model built, on the device, in the chosen precision."""
     out = Path(run.out)
     if (out / "metrics.jsonl").exists() and not resume:
-        raise RonnaError(
-            "this folder holds a run already", where=str(out), fix="add --resume, or choose another out"
-        )
+        raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
     torch.manual_seed(seed_for(run.seed))
     device = choose_device(run.device)
     dtype, reason = choose_precision(run.train.precision, device)
@@ -202,9 +210,7 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
     parts.model.compute = dtype
     parts.model.to(device)
     cfg = parts.model.cfg
-    say(
-        f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})"
-    )
+    say(f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})")
     return Training(run, parts, device, resume)
 
 

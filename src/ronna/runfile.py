@@ -86,9 +86,7 @@ class PrepareRun(Config):
     input: tuple[str, ...] = Field(min_length=1)  # files, globs, or a folder of splits
     tokenizer: str
     text: str = "text"  # column of the documents
-    validation: float = Field(
-        0.01, ge=0, lt=1
-    )  # share of documents held out, where the input has no such split
+    validation: float = Field(0.01, ge=0, lt=1)  # share of documents held out, where the input has no such split
     clean: CleanConfig = CleanConfig()
     shard_tokens: int = Field(2**26, ge=1024)
     max_bad_rows: int = Field(0, ge=0)

@@ -201,9 +201,7 @@ def test_set(text, tree):
     assert before == {"train": {"clip": 1.0}, "mixture": [{"w": 1}]}
 
 
-@pytest.mark.parametrize(
-    "text", ["lr", "=1", "a..b=1", "a b=1", "lr.x=1", "mixture.3.w=1", "mixture.3=1", "absent="]
-)
+@pytest.mark.parametrize("text", ["lr", "=1", "a..b=1", "a b=1", "lr.x=1", "mixture.3.w=1", "mixture.3=1", "absent="])
 def test_bad_set_shows_how(text):
     with pytest.raises(RonnaError) as caught:
         apply_sets({"lr": 1, "mixture": [{}]}, [text])
@@ -212,9 +210,7 @@ def test_bad_set_shows_how(text):
 
 
 def test_needs_no_torch():
-    code = (
-        "import ronna.base.config, ronna.base.track, ronna.base.device, sys; sys.exit('torch' in sys.modules)"
-    )
+    code = "import ronna.base.config, ronna.base.track, ronna.base.device, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 

@@ -33,9 +33,7 @@ def drawn(size=400, seed=0):
 
 def kneser_ney(units, order, discounts):
     """The recursion of Chen & Goodman (1999) with dictionaries."""
-    counts = {
-        k: Counter(tuple(units[i - k : i]) for i in range(k, len(units) + 1)) for k in range(1, order + 1)
-    }
+    counts = {k: Counter(tuple(units[i - k : i]) for i in range(k, len(units) + 1)) for k in range(1, order + 1)}
     used = {order: counts[order]}
     for k in range(order - 1, 0, -1):
         left = defaultdict(set)
@@ -76,17 +74,13 @@ def test_kneser_ney_equals_the_formula(ngram):
     counts = {k: np.array([max(1, left[k][gram]) for gram in raw[k]]) for k in (1, 2)}
     counts[3] = np.array(list(raw[3].values()))
     reference = kneser_ney(list(units), order, {k: ngram._discounts(c) for k, c in counts.items()})
-    expected = [
-        reference(held_out[i], tuple(held_out[max(0, i - order + 1) : i])) for i in range(len(held_out))
-    ]
+    expected = [reference(held_out[i], tuple(held_out[max(0, i - order + 1) : i])) for i in range(len(held_out))]
     np.testing.assert_allclose(model.probabilities(held_out), expected, rtol=1e-12)
 
 
 def test_discounts(ngram):
     counts = np.repeat([1, 2, 3, 4, 9], [40, 20, 10, 5, 7])  # Y = 40 / (40 + 2 * 20) = 0.5
-    assert ngram._discounts(counts) == pytest.approx(
-        [0, 1 - 2 * 0.5 * 0.5, 2 - 3 * 0.5 * 0.5, 3 - 4 * 0.5 * 0.5]
-    )
+    assert ngram._discounts(counts) == pytest.approx([0, 1 - 2 * 0.5 * 0.5, 2 - 3 * 0.5 * 0.5, 3 - 4 * 0.5 * 0.5])
     assert list(ngram._discounts(np.array([9, 9]))) == [0, 0.5, 1, 1.5]
 
 

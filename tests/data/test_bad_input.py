@@ -58,9 +58,7 @@ def test_jsonl_quarantined(case, tmp_path):
     after = b"" if case == "truncated last line" else GOOD
     kept = read(path, GOOD + row + after, bad, LABELLED)
     assert kept == [json.loads(GOOD)] * (1 + bool(after))
-    assert (
-        bad.reasons == {reason: 1} and bad.places == {reason: [f"{path}:{line}"]} and balanced(bad, len(kept))
-    )
+    assert bad.reasons == {reason: 1} and bad.places == {reason: [f"{path}:{line}"]} and balanced(bad, len(kept))
     aside = json.loads((tmp_path / "bad.jsonl").read_text())
     assert (aside["line"], aside["reason"]) == (line, reason) and aside["raw"]
     with pytest.raises(RonnaError, match=re.escape(f"{path}:{line}: {reason}")) as refused:
@@ -95,9 +93,7 @@ def test_jsonl_kept_exactly(case, tmp_path):
 
 def test_jsonl_mixed_crlf(tmp_path):
     bad = BadRows()
-    assert len(read(tmp_path / "rows.jsonl", GOOD + GOOD[:-1] + b"\r\n" + GOOD, bad)) == 3 and balanced(
-        bad, 3
-    )
+    assert len(read(tmp_path / "rows.jsonl", GOOD + GOOD[:-1] + b"\r\n" + GOOD, bad)) == 3 and balanced(bad, 3)
 
 
 def test_jsonl_line_of_50_mb_takes_at_most_four_times_its_size(tmp_path):
@@ -191,9 +187,7 @@ KEPT_CSV = {
 def test_csv_kept_exactly(case, tmp_path):
     row, fields = KEPT_CSV[case]
     bad = BadRows()
-    assert read(tmp_path / "rows.csv", b"\xef\xbb\xbftext,label\n" + row, bad) == [fields] and balanced(
-        bad, 1
-    )
+    assert read(tmp_path / "rows.csv", b"\xef\xbb\xbftext,label\n" + row, bad) == [fields] and balanced(bad, 1)
 
 
 def test_csv_lines_are_counted_through_quoted_newlines(tmp_path):
@@ -228,9 +222,7 @@ def test_normal_forms_are_counted_and_nothing_changes(case, name, tmp_path):
 def test_a_word_of_a_million_characters_takes_linear_time(name, tmp_path):
     def seconds(characters: int) -> float:
         word = "字" * characters
-        content = (
-            json.dumps({"text": word}, ensure_ascii=False) if name.endswith("jsonl") else f"text\n{word}"
-        )
+        content = json.dumps({"text": word}, ensure_ascii=False) if name.endswith("jsonl") else f"text\n{word}"
         took = []
         for _ in range(3):
             began = time.perf_counter()

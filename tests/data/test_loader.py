@@ -57,9 +57,7 @@ def test_a_step_takes_the_same_samples_however_it_is_divided(batch, step, world,
             positions_for(step, **divided)
         return
     parts = [
-        positions_for(step, rank=rank, micro=micro, **divided)
-        for micro in range(accumulation)
-        for rank in range(world)
+        positions_for(step, rank=rank, micro=micro, **divided) for micro in range(accumulation) for rank in range(world)
     ]
     assert np.concatenate(parts).tolist() == list(range(step * batch, (step + 1) * batch))
     sizes = {len(part) for part in parts}

@@ -106,14 +106,10 @@ def test_batches_are_full_of_like_lengths_and_new_every_epoch():
     assert padding(by_size) < 0.15 and padding(by_tokens) < 0.05
     assert sum(len(batch) < 32 for batch in by_size) <= 1
     assert len(by_tokens) <= 1.05 * lengths.sum() / 4096
-    firsts = {
-        int(length_batches(lengths, seed=s, epoch=e, batch_size=32)[0][0]) for s in (1, 2) for e in (0, 1)
-    }
+    firsts = {int(length_batches(lengths, seed=s, epoch=e, batch_size=32)[0][0]) for s in (1, 2) for e in (0, 1)}
     assert len(firsts) == 4
     means = [lengths[batch].mean() for batch in by_size]
-    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.1, (
-        "short before long would be a curriculum"
-    )
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.1, "short before long would be a curriculum"
 
 
 def test_batches_want_one_limit():

@@ -53,9 +53,7 @@ def library(tmp_path, monkeypatch):
     (root / "site-packages").mkdir(parents=True)
     (root / "site-packages" / "foreign.py").write_text('"""Not of the library, whatever it may say."""')
     (root / "pydoc_data").mkdir()
-    (root / "pydoc_data" / "topics.py").write_text(
-        'import sys\ntopics = {"assert": "The assert statement."}\n'
-    )
+    (root / "pydoc_data" / "topics.py").write_text('import sys\ntopics = {"assert": "The assert statement."}\n')
     (root / "broken.py").write_text('print "for an older Python"\n')
     for area, modules in AREAS.items():
         for module in modules.split()[:3]:
@@ -79,11 +77,7 @@ def test_running_python_gives_enough_text(built):
 def test_validation_modules_are_unseen(built):
     found = folder(built[0], "text")
     tops = {
-        split: {
-            row["source"].partition("/")[2].partition(".")[0]
-            for row in documents
-            if "topic" not in row["source"]
-        }
+        split: {row["source"].partition("/")[2].partition(".")[0] for row in documents if "topic" not in row["source"]}
         for split, documents in found.items()
     }
     assert tops["train"] and tops["validation"] and not tops["train"] & tops["validation"]

@@ -323,9 +323,7 @@ def test_kill_at_every_call_that_changes_the_disk(tmp_path):
 
 def can_mount():
     command = ["unshare", "--mount", "--user", "--map-root-user", "true"]
-    return (
-        shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
-    )
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs a mount namespace of its own")

@@ -104,16 +104,12 @@ def settings() -> list[tuple[Family, str, str, Any]]:
         for family in FAMILIES
         for kind, keys in family.settings.items()
         for key, field in keys.model_fields.items()
-        if key not in ALONE
-        and not (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1)
-        if (key, kind)
-        not in {("layer_types", "qwen2"), ("layer_types", "qwen3"), ("attention_bias", "qwen2")}
+        if key not in ALONE and not (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1)
+        if (key, kind) not in {("layer_types", "qwen2"), ("layer_types", "qwen3"), ("attention_bias", "qwen2")}
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "kind", "key", "value"), settings(), ids=lambda v: getattr(v, "name", str(v))
-)
+@pytest.mark.parametrize(("family", "kind", "key", "value"), settings(), ids=lambda v: getattr(v, "name", str(v)))
 def test_every_setting_counts_and_survives(family: Family, kind: str, key: str, value: Any) -> None:
     """Another value is another model, with the one head or the other, and `to_hf` writes it down."""
     differs = False
@@ -286,6 +282,4 @@ def test_families_need_no_torch() -> None:
     import sys
 
     code = "import sys, ronna.model.families; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

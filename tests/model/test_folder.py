@@ -79,9 +79,7 @@ def test_a_classifier_for_other_labels_is_drawn_anew(tmp_path: Path) -> None:
     assert without.model.classifier is None and "classifier.weight" in without.notes[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2-tiny", "t5-tiny", "transformer-tiny", "modernbert-tiny", "roberta-base"]
-)
+@pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny", "transformer-tiny", "modernbert-tiny", "roberta-base"])
 def test_ties_hold_after_loading(tmp_path: Path, name: str) -> None:
     write(tmp_path, name)
     model = load_folder(tmp_path).model
@@ -109,10 +107,7 @@ def test_missing_weights_are_named_and_counted(tmp_path: Path) -> None:
 
     edit(tmp_path, drop)
     says = refusal(tmp_path)
-    assert (
-        "weights are missing: bert.encoder.layer.1.attention.self.query.weight" in says
-        and "and 12 more" in says
-    )
+    assert "weights are missing: bert.encoder.layer.1.attention.self.query.weight" in says and "and 12 more" in says
 
 
 def test_unknown_weights_are_named(tmp_path: Path) -> None:
@@ -190,9 +185,7 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     assert "cls.predictions.bias holds I8 numbers" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "place", ["../model.safetensors", "{}/model.safetensors", "lost.safetensors", "x.bin", 7]
-)
+@pytest.mark.parametrize("place", ["../model.safetensors", "{}/model.safetensors", "lost.safetensors", "x.bin", 7])
 def test_an_index_cannot_point_elsewhere(tmp_path: Path, place: Any) -> None:
     folder = tmp_path / "model"
     family, model = small("bert-tiny")
@@ -241,9 +234,7 @@ def test_a_model_that_a_family_cannot_express_is_not_saved(tmp_path: Path) -> No
     assert stack is not None
     odd = replace(stack.blocks[1], norm_at="pre")
     cfg = replace(model.cfg, encoder=replace(stack, blocks=(stack.blocks[0], odd)))
-    with pytest.raises(
-        RonnaError, match=r"model\.encoder\.blocks\[1\]\.norm_at is 'pre', there it is 'post'"
-    ):
+    with pytest.raises(RonnaError, match=r"model\.encoder\.blocks\[1\]\.norm_at is 'pre', there it is 'post'"):
         save_folder(Transformer(cfg), family, tmp_path / "a")
     pooled = replace(model.cfg, head=None, classifier=c.Classifier(2, "mean", "tanh"))
     with pytest.raises(RonnaError, match=r"classifier\.pool is 'mean'"):
@@ -254,9 +245,7 @@ def test_a_model_that_a_family_cannot_express_is_not_saved(tmp_path: Path) -> No
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["roberta-base", "gpt2-tiny", "llama-tiny", "modernbert-tiny", "t5-tiny", "opus-mt"]
-)
+@pytest.mark.parametrize("name", ["roberta-base", "gpt2-tiny", "llama-tiny", "modernbert-tiny", "t5-tiny", "opus-mt"])
 def test_two_heads_do_not_fit_where_transformers_has_one(tmp_path: Path, name: str) -> None:
     family, model = small(name)
     cfg = replace(model.cfg, classifier=c.Classifier(2))

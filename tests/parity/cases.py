@@ -111,9 +111,7 @@ class Texts:
     segments: list[Tensor] = field(default_factory=list)
 
 
-def texts(
-    lengths: tuple[int, ...] = (24, 17, 9), sources: tuple[int, ...] = (13, 20, 6), seed: int = 1
-) -> Texts:
+def texts(lengths: tuple[int, ...] = (24, 17, 9), sources: tuple[int, ...] = (13, 20, 6), seed: int = 1) -> Texts:
     rng = torch.Generator().manual_seed(seed)
 
     def draw(sizes: tuple[int, ...], low: int, high: int) -> list[Tensor]:

@@ -99,9 +99,7 @@ def test_a_body_alone_has_no_prefix(pair: Pair, tmp_path: Path) -> None:
     body = load_folder(pair.folder, head=False)
     assert body.model.head is None
     save_folder(body.model, body.family, tmp_path)
-    assert not any(
-        key.startswith(("bert.", "model.", "transformer.", "roberta.")) for key in layout(tmp_path)
-    )
+    assert not any(key.startswith(("bert.", "model.", "transformer.", "roberta.")) for key in layout(tmp_path))
     model, info = hf.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     computed = ("pooler", "embed_positions")  # neither a body's weights: one is a head, the other sinusoids
     assert not info["unexpected_keys"]

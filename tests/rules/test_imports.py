@@ -53,9 +53,7 @@ def imports_of(module, modules):
             source = ".".join(filter(None, (prefix, node.module)))
             if source.partition(".")[0] == "ronna":
                 targets = {known(f"{source}.{alias.name}"): alias.name for alias in node.names}
-                yield from (
-                    target for target, name in targets.items() if (target, name) != ("ronna", "__version__")
-                )
+                yield from (target for target, name in targets.items() if (target, name) != ("ronna", "__version__"))
 
 
 def upward(modules):

@@ -56,11 +56,7 @@ def names_compared(modules):
             continue
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Compare | ast.MatchValue):
-                strings = {
-                    c.value
-                    for c in ast.walk(node)
-                    if isinstance(c, ast.Constant) and isinstance(c.value, str)
-                }
+                strings = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
                 if found := {text.lower() for text in strings} & FAMILIES:
                     yield f"{module.path}:{node.lineno} {', '.join(sorted(found))}"
 
@@ -80,9 +76,7 @@ def unread_fields(modules):
     reads = set()
     for module in modules.values():
         nodes = list(ast.walk(module.tree))
-        validators = [
-            n for n in nodes if any("validator" in ast.unparse(d) for d in getattr(n, "decorator_list", ()))
-        ]
+        validators = [n for n in nodes if any("validator" in ast.unparse(d) for d in getattr(n, "decorator_list", ()))]
         checks = {id(inner) for validator in validators for inner in ast.walk(validator)}
         reads |= {
             node.attr
@@ -109,9 +103,7 @@ def test_lengths(repository, modules):
     everything = dict(modules)
     for folder in ("tests", "benchmarks"):
         for path in sorted((repository / folder).rglob("*.py")):
-            everything[str(path)] = type(next(iter(modules.values())))(
-                str(path), path, path.read_text("utf-8")
-            )
+            everything[str(path)] = type(next(iter(modules.values())))(str(path), path, path.read_text("utf-8"))
     assert not list(too_long(everything))
 
 
@@ -135,9 +127,7 @@ def test_no_machine_stands_in_the_text(repository):
         except (UnicodeDecodeError, FileNotFoundError):
             continue
         for number, line in enumerate(lines, 1):
-            found += [
-                f"{path}:{number} {what}" for what, rule in FORBIDDEN_TEXT.items() if re.search(rule, line)
-            ]
+            found += [f"{path}:{number} {what}" for what, rule in FORBIDDEN_TEXT.items() if re.search(rule, line)]
     assert not found
 
 
@@ -183,8 +173,6 @@ def test_the_rules_see_no_violation(tree_of, rule, source):
     assert not list(rule(tree_of({"model/part.py": source})))
 
 
-@pytest.mark.parametrize(
-    "text", ["cd /wor" + "k/main", "/hom" + "e/me/x", "pip -i https://pyp" + "i.org/simple"]
-)
+@pytest.mark.parametrize("text", ["cd /wor" + "k/main", "/hom" + "e/me/x", "pip -i https://pyp" + "i.org/simple"])
 def test_the_text_rule_sees_a_violation(text):
     assert any(re.search(rule, text) for rule in FORBIDDEN_TEXT.values())

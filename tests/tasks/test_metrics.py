@@ -116,9 +116,7 @@ def test_each_resample_is_scored_as_if_its_rows_were_written_out():
         for row in counts:
             at = np.repeat(np.arange(60), row.astype(int))
             classes = single_label(gold, predicted, once)(row[None])
-            assert classes["macro_f1"][0] == pytest.approx(
-                sk.f1_score(gold[at], predicted[at], average="macro")
-            )
+            assert classes["macro_f1"][0] == pytest.approx(sk.f1_score(gold[at], predicted[at], average="macro"))
             numbers = regression(x, y, once)(row[None])
             assert numbers["pearson"][0] == pytest.approx(stats.pearsonr(x[at], y[at])[0])
             assert numbers["spearman"][0] == pytest.approx(stats.spearmanr(x[at], y[at])[0])
@@ -165,9 +163,7 @@ def test_paired_difference_sees_what_two_intervals_hide():
     accuracy = paired_difference(single_label, gold, first, second).metrics["accuracy"]
     assert accuracy.value == pytest.approx(0.02)
     assert accuracy.low > 0 and accuracy.p < 0.05
-    apart = [
-        classification_scores(gold, system, ["a", "b"]).metrics["accuracy"] for system in (first, second)
-    ]
+    apart = [classification_scores(gold, system, ["a", "b"]).metrics["accuracy"] for system in (first, second)]
     assert apart[0].low < apart[1].high
     same = paired_difference(single_label, gold, first, first).metrics["macro_f1"]
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)

@@ -22,9 +22,7 @@ OFF = CleanConfig(unicode="none", control=False, min_chars=0, dedup="none")
 WORDS = ("harbour", "sailor", "teacher", "morning", "window", "letter", "garden", "bridge", "stone", "river")
 CHARACTERS = "今天我们在海边看到了很多小船和几只白色的鸟它们飞得又高又远老师说明天还会再来学生都高兴地笑起来"
 
-rows = st.lists(
-    st.one_of(st.text(max_size=30), st.sampled_from(["twice", " TWICE ", "e\u0301", "é", "", "\x00"]))
-)
+rows = st.lists(st.one_of(st.text(max_size=30), st.sampled_from(["twice", " TWICE ", "e\u0301", "é", "", "\x00"])))
 configs = st.builds(
     CleanConfig,
     unicode=st.sampled_from(["nfc", "none"]),

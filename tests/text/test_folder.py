@@ -71,9 +71,7 @@ def test_vocab_txt(trained, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.tokens == tokens
-    for row, expected in zip(
-        tokenizer.encode_batch(TEXTS), trained["wordpiece"].encode_batch(TEXTS), strict=True
-    ):
+    for row, expected in zip(tokenizer.encode_batch(TEXTS), trained["wordpiece"].encode_batch(TEXTS), strict=True):
         assert np.array_equal(row, expected)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 40}')
     cased = load_tokenizer(tmp_path)

@@ -51,9 +51,7 @@ def test_minilm_is_what_transformers_gives(minilm_folder):
 
     theirs, ours = AutoTokenizer.from_pretrained(minilm_folder), load_tokenizer(minilm_folder)
     texts = [*SAMPLES, *ENGLISH, *CHINESE]
-    assert [row.tolist() for row in ours.encode_batch(texts, True)] == theirs(texts, truncation=False)[
-        "input_ids"
-    ]
+    assert [row.tolist() for row in ours.encode_batch(texts, True)] == theirs(texts, truncation=False)["input_ids"]
     expected = theirs(ENGLISH[:30], CHINESE[:30], truncation=False, return_offsets_mapping=True)
     for i, row in enumerate(ours.encode_with_offsets(ENGLISH[:30], CHINESE[:30])):
         assert row.ids.tolist() == expected["input_ids"][i]
@@ -127,9 +125,7 @@ def test_ends_sentence(trained):
 def test_special_tokens_are_marked_and_skipped(trained):
     for name in CONFIGS:
         tokenizer = trained[name]
-        assert (
-            tokenizer.is_special[tokenizer.pad_id] and not tokenizer.is_special[tokenizer.encode("saw")].any()
-        )
+        assert tokenizer.is_special[tokenizer.pad_id] and not tokenizer.is_special[tokenizer.encode("saw")].any()
         ids = np.append(tokenizer.encode("saw"), tokenizer.pad_id)
         assert tokenizer.decode(ids) == "saw" and tokenizer.decode(ids, skip_special=False) != "saw"
         assert not (tokenizer.is_special & (tokenizer.continues_word | tokenizer.ends_sentence)).any()

@@ -70,9 +70,7 @@ def test_wordpiece_wastes_no_token_on_chinese_inside_a_word(trained):
 
 
 def test_min_frequency_and_case():
-    rare = train_tokenizer(
-        ["zebra " * 3 + "apple " * 30], TokenizerConfig(kind="wordpiece", min_frequency=10)
-    )
+    rare = train_tokenizer(["zebra " * 3 + "apple " * 30], TokenizerConfig(kind="wordpiece", min_frequency=10))
     assert "apple" in rare.tokens and "zebra" not in rare.tokens
     for kind in ("wordpiece", "bpe", "unigram"):
         config = TokenizerConfig(kind=kind, vocab=500, lowercase=True)
@@ -102,9 +100,7 @@ def test_sentinels_count_down_to_the_last_id_as_in_t5(trained):
     assert t5.sentinel_ids.tolist() == list(range(t5.vocab_size - 1, t5.vocab_size - 101, -1))
     assert len(trained["wordpiece_t5"].sentinel_ids) == 5
     assert len(trained["bpe"].sentinel_ids) == 0
-    assert trained["wordpiece_t5"].encode("<extra_id_0>").tolist() == [
-        trained["wordpiece_t5"].sentinel_ids[0]
-    ]
+    assert trained["wordpiece_t5"].encode("<extra_id_0>").tolist() == [trained["wordpiece_t5"].sentinel_ids[0]]
 
 
 def test_byte_fallback_leaves_nothing_unknown(trained):

@@ -49,9 +49,7 @@ def test_pieces_are_read_as_sentencepiece_reads_them():
     model = unigram.parse(data)
     reference = sentencepiece.SentencePieceProcessor(model_proto=data)
     assert len(model.pieces) == reference.get_piece_size() and model.unk_id == reference.unk_id()
-    assert [text for text, _, _ in model.pieces] == [
-        reference.id_to_piece(i) for i in range(len(model.pieces))
-    ]
+    assert [text for text, _, _ in model.pieces] == [reference.id_to_piece(i) for i in range(len(model.pieces))]
     scores = [reference.get_score(i) for i in range(len(model.pieces))]
     assert np.array_equal(np.float32([score for _, score, _ in model.pieces]), np.float32(scores))
     assert model.byte_fallback and model.charsmap and model.dummy_prefix

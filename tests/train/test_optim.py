@@ -150,9 +150,7 @@ def test_muon_takes_the_matrices_inside_blocks_and_turns_them_orthogonal():
     torch.testing.assert_close(moved.detach(), torch.full((7, 4), 0.5), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    "change", [{"momentum": 0.5}, {"nesterov": False}, {"steps": 1}, {"weight_decay": 0.5}]
-)
+@pytest.mark.parametrize("change", [{"momentum": 0.5}, {"nesterov": False}, {"steps": 1}, {"weight_decay": 0.5}])
 def test_muon_options_reach_the_optimizer(change):
     def trained(config):
         named = parameters()
@@ -245,9 +243,7 @@ def test_state_that_does_not_fit_is_named_and_changes_nothing(name):
         load_optimizer_tensors(optimizers, named.items(), strange)
     with pytest.raises(RonnaError, match="and 10 more"):
         load_optimizer_tensors(build_optimizer(AdamW(), named.items()), named.items(), {})
-    assert all(
-        torch.equal(tensor, good[key]) for key, tensor in optimizer_tensors(optimizers, named.items()).items()
-    )
+    assert all(torch.equal(tensor, good[key]) for key, tensor in optimizer_tensors(optimizers, named.items()).items())
 
 
 def test_a_lost_parameter_is_not_taken_for_one_without_state():

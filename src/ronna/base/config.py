@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -46,9 +46,7 @@ class Config(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         for name, field in cls.model_fields.items():
             admits_none = NoneType in _members(field.annotation)
-            if admits_none and (
-                field.is_required() or field.get_default(call_default_factory=False) is not None
-            ):
+            if admits_none and (field.is_required() or field.get_default(call_default_factory=False) is not None):
                 raise TypeError(f"{cls.__name__}.{name} admits None, so None must be its default")
 
 
@@ -149,9 +147,7 @@ def build(model: type[C], tree: Tree, where: str) -> C:
     lines = [": ".join(filter(None, (m.key, m.what))) for m in mistakes]
     if len(mistakes) == 1:
         raise RonnaError(lines[0], where=where, fix=mistakes[0].fix or None)
-    listed = "".join(
-        f"\n    {line}" + f"; {m.fix}" * bool(m.fix) for line, m in zip(lines, mistakes, strict=True)
-    )
+    listed = "".join(f"\n    {line}" + f"; {m.fix}" * bool(m.fix) for line, m in zip(lines, mistakes, strict=True))
     fix = "mend each line above, in the file or with --set key.path=value"
     raise RonnaError(f"{len(mistakes)} mistakes{listed}", where=where, fix=fix)
 
@@ -184,9 +180,7 @@ def _merge(mistakes: Iterator[_Mistake]) -> list[_Mistake]:
     for key, what, fix in mistakes:
         by_key.setdefault((key, what), []).append(fix)
     return [
-        _Mistake(
-            key, what, " or ".join([fixes[0], *(fix.removeprefix("it should be ") for fix in fixes[1:])])
-        )
+        _Mistake(key, what, " or ".join([fixes[0], *(fix.removeprefix("it should be ") for fix in fixes[1:])]))
         for (key, what), fixes in by_key.items()
     ]
 

@@ -206,9 +206,7 @@ def _open_wandb(out: Path, config: WandbConfig) -> _Sink:
     wandb, identity = _require("wandb"), sha256(str(out.resolve()).encode()).hexdigest()[:16]
     name = config.name or out.name
     try:
-        run = wandb.init(
-            project=config.project, name=name, mode=config.mode, dir=str(out), id=identity, resume="allow"
-        )
+        run = wandb.init(project=config.project, name=name, mode=config.mode, dir=str(out), id=identity, resume="allow")
     except wandb.Error as error:
         fix = 'run `wandb login`, or write mode = "offline"'
         raise RonnaError(f"W&B refuses: {error}", where="tracking", fix=fix) from None

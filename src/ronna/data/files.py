@@ -121,9 +121,7 @@ def _folder(folder: Path) -> list[Path]:
 
 
 def _known_files(folder: Path) -> list[Path]:
-    visible = (
-        p for p in folder.rglob("*") if not any(x.startswith(".") for x in p.relative_to(folder).parts)
-    )
+    visible = (p for p in folder.rglob("*") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
     return sorted(path for path in visible if path.is_file() and _format_by_name(path))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -37,8 +37,13 @@ class Row(NamedTuple):
 
 def parse_jsonl(path: Path) -> Iterator[Row]:
     """JSON Lines: an object a line; blank lines are not rows. Memory: at most four times the longest line."""
+    yield from parse_json_lines((number, data) for number, _, data in read_lines(path))
+
+
+def parse_json_lines(lines: Iterable[tuple[int, bytes]]) -> Iterator[Row]:
+    """Numbered lines with their ends, of a file or a stream."""
     decoder = _decoder()
-    for number, _, data in read_lines(path):
+    for number, data in lines:
         if data.isspace():
             continue
         try:

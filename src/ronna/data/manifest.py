@@ -106,9 +106,7 @@ def load_manifest(folder: Path) -> Manifest:
             raise RonnaError(
                 "the shards are unfinished", where=str(folder), fix="run the same prepare again: it goes on"
             )
-        raise RonnaError(
-            f"no {MANIFEST} here", where=str(folder), fix="name a folder that prepare has written"
-        )
+        raise RonnaError(f"no {MANIFEST} here", where=str(folder), fix="name a folder that prepare has written")
     identity, shards = _read(path)
     return Manifest(identity, tuple(shards))
 

@@ -27,9 +27,7 @@ class Mixture:
         """Raises RonnaError for no weights, and for one that is not positive and finite."""
         for number, weight in enumerate(weights):
             if not 0 < weight < float("inf"):
-                raise RonnaError(
-                    f"weight {weight}", where=f"source {number}", fix="give it a positive number"
-                )
+                raise RonnaError(f"weight {weight}", where=f"source {number}", fix="give it a positive number")
         if not weights:
             raise RonnaError("a mixture of no sources", fix="name at least one source")
         counts = _counts(weights)

@@ -74,9 +74,7 @@ def write_shards(
     rest = islice(documents, done - first, None)
     shards += _write_rest(out, rest, identity, shards, done)
     if not shards:
-        raise RonnaError(
-            "no documents to write", where=str(out), fix="check the input and the filters before"
-        )
+        raise RonnaError("no documents to write", where=str(out), fix="check the input and the filters before")
     manifest = Manifest(identity, tuple(shards))
     write_manifest(out, manifest)
     (out / PROGRESS).unlink(missing_ok=True)

@@ -11,15 +11,15 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow, BadRows, Record
 from ronna.data.files import find_splits, recognise, resolve
-from ronna.data.formats import Row, TextUnit, parse_json, parse_jsonl, parse_parquet, parse_text
+from ronna.data.formats import Row, TextUnit, parse_json, parse_json_lines, parse_jsonl, parse_parquet, parse_text
 from ronna.data.tables import parse_csv, refuse_other_delimiter
 
-__all__ = ["BadRow", "BadRows", "Record", "find_splits", "read_records", "require", "resolve"]
+__all__ = ["BadRow", "BadRows", "Record", "find_splits", "read_json_stream", "read_records", "require", "resolve"]
 
 INTEGER = re.compile(r"[-+]?[0-9]+")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -57,6 +57,16 @@ def read_records(
             yield Record(fields, path, row.line, typed)
         if bad.rows_in == before:
             raise RonnaError("the file holds no row", where=f"{path}:1:0", fix="remove it or write it again")
+
+
+def read_json_stream(stream: BinaryIO, name: str, *, bad: BadRows) -> Iterator[Record]:
+    """Records of JSON Lines that arrive on a pipe, each as soon as its line has come; bad rows go to `bad`."""
+    for row in parse_json_lines(enumerate(stream, 1)):
+        bad.rows_in += 1
+        if isinstance(row.fields, BadRow):
+            bad.quarantine(Path(name), row.line, row.fields, row.raw)
+        else:
+            yield Record(row.fields, Path(name), row.line)
 
 
 def _rows(

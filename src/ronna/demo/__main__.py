@@ -41,9 +41,7 @@ class Demo:
         text = [self.path("corpus", "text")]
         bert = {"kind": "wordpiece", "vocab": 8000, "lowercase": True}
         api.train_tokenizer(out=self.path("tokenizer-bert"), input=text, tokenizer=bert)
-        api.train_tokenizer(
-            out=self.path("tokenizer-gpt"), input=text, tokenizer={"kind": "bpe", "vocab": 8000}
-        )
+        api.train_tokenizer(out=self.path("tokenizer-gpt"), input=text, tokenizer={"kind": "bpe", "vocab": 8000})
 
     def prepare(self) -> None:
         for kind in ("bert", "gpt"):
@@ -112,20 +110,18 @@ class Demo:
         return made
 
     def report(self, predicted: list[Sample], generated: list[Sample]) -> Path:
-        pretrained, scratch = (
-            read_run(self.out / "areas", "pre-trained"),
-            read_run(self.out / "areas-scratch", "from scratch"),
-        )
+        names = {"bert": "BERT", "areas": "pre-trained", "areas-scratch": "from scratch", "gpt": "GPT"}
+        bert, tuned, scratch, gpt = (read_run(self.out / folder, name) for folder, name in names.items())
         sections = [
-            Section(title="Pre-training BERT", text="Masked language model and next sentence.", runs=(read_run(self.out / "bert"),)),
+            Section(title="Pre-training BERT", text="Masked words and next sentence.", runs=(bert,)),
             Section(
                 title="Which area of the library does a docstring belong to?",
                 text="The pre-trained BERT beside the same model from scratch; intervals are 95% bootstrap.",
-                runs=(pretrained, scratch),
+                runs=(tuned, scratch),
                 samples=tuple(predicted),
             ),
-            Section(title="Pre-training GPT", text="Next token.", runs=(read_run(self.out / "gpt"),), samples=tuple(generated)),
-        ]  # fmt: skip
+            Section(title="Pre-training GPT", text="Next token.", runs=(gpt,), samples=tuple(generated)),
+        ]
         return write_comparison(self.out, "Ronna: from raw text to models in use", sections)
 
 
@@ -141,9 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(arguments.out)
     try:
         if out.exists() and any(out.iterdir()):
-            raise RonnaError(
-                "this folder is not empty", where=str(out), fix="remove it, or choose another --out"
-            )
+            raise RonnaError("this folder is not empty", where=str(out), fix="remove it, or choose another --out")
         run(Demo(out, arguments.minutes))
     except RonnaError as error:
         print(f"ronna: {error}", file=sys.stderr)

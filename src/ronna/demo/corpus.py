@@ -149,9 +149,7 @@ def build_corpus(out: Path, *, max_megabytes: float = 8.0, seed: int = 0) -> Cor
     return CorpusSummary(
         python=platform.python_version(),
         documents={split: len(documents) for split, documents in texts.items()},
-        text_bytes={
-            split: sum(document.size for document in documents) for split, documents in texts.items()
-        },
+        text_bytes={split: sum(document.size for document in documents) for split, documents in texts.items()},
         areas={split: dict(Counter(label for _, label in rows)) for split, rows in areas.items()},
     )
 
@@ -195,9 +193,7 @@ def _comments(source: str, nodes: list[ast.AST]) -> list[range]:
     """The line numbers (from 0) of each run of whole-line comments."""
     inside_string: set[int] = set()
     for node in nodes:
-        if isinstance(node, ast.JoinedStr) or (
-            isinstance(node, ast.Constant) and isinstance(node.value, str)
-        ):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
             inside_string.update(range(node.lineno, node.end_lineno or node.lineno))
     blocks: list[range] = []
     for number, line in enumerate(source.split("\n")):
@@ -215,9 +211,7 @@ def _prose(source: str, docstrings: list[tuple[int, str]], comments: list[range]
     lines = source.split("\n")
     found = list(docstrings)
     for block in comments:
-        found.append(
-            (block.start + 1, "\n".join(lines[number].strip().lstrip("#").strip() for number in block))
-        )
+        found.append((block.start + 1, "\n".join(lines[number].strip().lstrip("#").strip() for number in block)))
     paragraphs = (paragraph for _, text in sorted(found) for paragraph in re.split(r"\n\s*\n", text))
     return "\n\n".join(p.strip("\n") for p in paragraphs if _is_prose(p) and not LICENCE.search(p))
 
@@ -253,9 +247,7 @@ def _topics(root: Path) -> list[Document]:
     return [Document(topics[name].strip("\n") + "\n", f"topic/{name}") for name in sorted(kept)]
 
 
-def _split_text(
-    modules: list[Module], topics: list[Document], room: float, seed: int
-) -> dict[str, list[Document]]:
+def _split_text(modules: list[Module], topics: list[Document], room: float, seed: int) -> dict[str, list[Document]]:
     """Documents by split. Topics speak of each other at length, so all of them are for training."""
     groups: dict[str, list[Document]] = {}
     for module in modules:

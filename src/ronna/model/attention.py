@@ -16,7 +16,6 @@ from ronna.model.layers import Linear, make_norm, merged
 from ronna.model.layers import dropout as drop
 from ronna.model.sequences import Sequences, View
 
-
 # On a CPU the flash kernel's backward pass loses against plain products up to about this length.
 WRITTEN_OUT = 512
 
@@ -140,9 +139,7 @@ def has_varlen(q: Tensor, bias: RelativeBias | None, dropout: float) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and dropout == 0.0
 
 
-def varlen(
-    q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequences, *, causal: bool
-) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequences, *, causal: bool) -> Tensor:
     """Flat (T, H, D) through the variable-length flash kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -187,9 +184,7 @@ class Attention(nn.Module):
         q, k, v = map(self.split, merged(x, self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary := self.cfg.rotary:
-            angles = sequences.memo(
-                rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions)
-            )
+            angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             y = self.attend_cached(q, k, v, sequences, bias, cache)
@@ -199,9 +194,7 @@ class Attention(nn.Module):
             y = self.attend(q, k, v, sequences, bias)
         return self.out(y.flatten(-2))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None) -> Tensor:
         view = sequences.packed
         mask = sequences.mask(view, causal=self.causal, window=self.cfg.window)
         if bias is not None:
@@ -227,9 +220,7 @@ class Attention(nn.Module):
         if self.cfg.window is not None:
             mask = mask & (distance <= self.cfg.window)[:, None]
         if bias is not None:
-            mask = with_bias(
-                mask, bias(view.position, place.expand(len(sequences), -1)).to(q.dtype), causal=False
-            )
+            mask = with_bias(mask, bias(view.position, place.expand(len(sequences), -1)).to(q.dtype), causal=False)
         y = sdpa(view.spread(q), keys, values, self.cfg, mask=mask, causal=False, dropout=0.0)
         return view.gather(y)
 

@@ -162,9 +162,7 @@ class Stack:
         final = self.final_norm.params(dim) if self.final_norm else 0
         return sum(b.params(dim) for b in self.blocks) + final + table
 
-    def flops(
-        self, dim: int, tokens: int, length: int, source_tokens: int = 0, source_length: int = 0
-    ) -> int:
+    def flops(self, dim: int, tokens: int, length: int, source_tokens: int = 0, source_length: int = 0) -> int:
         return sum(b.flops(dim, tokens, length, source_tokens, source_length) for b in self.blocks)
 
 
@@ -289,9 +287,7 @@ class Model:
             total += self.encoder.flops(self.dim, source, source_length)
         total += self.last.flops(self.dim, tokens, length, source, source_length)
         if self.head:
-            total += self.head.flops(
-                self.dim, self.embedding.vocab, tokens if predicted is None else predicted
-            )
+            total += self.head.flops(self.dim, self.embedding.vocab, tokens if predicted is None else predicted)
         return total + (self.classifier.flops(self.dim, sequences) if self.classifier else 0)
 
 
@@ -309,7 +305,5 @@ def with_dropout(model: Model, rate: float) -> Model:
     """The same model with every dropout that its family has set to `rate` (where it had one) or 0."""
     return map_parts(
         model,
-        lambda p: (
-            replace(p, dropout=rate if p.dropout or rate == 0 else p.dropout) if hasattr(p, "dropout") else p
-        ),
+        lambda p: replace(p, dropout=rate if p.dropout or rate == 0 else p.dropout) if hasattr(p, "dropout") else p,
     )

@@ -150,19 +150,14 @@ class Stored:
             in_head = name.startswith(("head.", "classifier."))
             if weight.name not in self.keys:
                 fresh.add(name) if in_head else absent.append(weight.name)
-            elif (
-                name.startswith("classifier.out.")
-                and self.files.shape(self.keys[weight.name]) != parameter.shape
-            ):
+            elif name.startswith("classifier.out.") and self.files.shape(self.keys[weight.name]) != parameter.shape:
                 fresh.add(name)
                 replaced.append(weight.name)
             else:
                 self.check_shape(weight, tuple(parameter.shape))
                 places[name] = weight
         if absent:
-            raise RonnaError(
-                f"weights are missing: {listed(absent)}", where=self.where, fix="get the whole folder"
-            )
+            raise RonnaError(f"weights are missing: {listed(absent)}", where=self.where, fix="get the whole folder")
         extra = sorted(self.keys.keys() - {w.name for w in places.values()} - set(replaced))
         unknown = [key for key in extra if not re.match(self.family.heads, key)]
         if unknown:

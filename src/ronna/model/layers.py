@@ -94,7 +94,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     if not training or rate == 0.0:
         return x
     if x.device.type == "cpu":
-        return CheapDropout.apply(x, rate)  # type: ignore[no-untyped-call]
+        return CheapDropout.apply(x, rate)
     return F.dropout(x, rate)
 
 

@@ -79,8 +79,10 @@ def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor,
 
     The second is counted only where no gradient is taken: it would cost training another look at all logits.
     """
-    x, weight, bias = head.transform(hidden), head.logits.weight, head.logits.bias
+    x = head.transform(hidden)
+    weight: Tensor = head.logits.weight
+    bias: Tensor | None = head.logits.bias
     if not torch.is_grad_enabled():  # a Function is told that parameters want gradients even then
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
-    total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels)  # type: ignore[no-untyped-call]
+    total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels)
     return total, None if total.requires_grad else correct

@@ -128,9 +128,7 @@ class Sequences:
         position = torch.zeros_like(sequence).index_copy_(0, slots, self.positions)
         full = self.tokens == count * columns
         shape = (count, columns)
-        return View(
-            *shape, None if full else slots, sequence.view(shape), position.view(shape), count == len(self)
-        )
+        return View(*shape, None if full else slots, sequence.view(shape), position.view(shape), count == len(self))
 
     def mask(self, view: View, *, causal: bool, window: int | None) -> Tensor | None:
         """Who sees whom inside a view: bool (R or 1, 1, L, L), True where a query may look at a key.

@@ -105,9 +105,7 @@ class TensorFiles:
         return part
 
 
-def write_tensors(
-    folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], max_shard_bytes: int
-) -> None:
+def write_tensors(folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], max_shard_bytes: int) -> None:
     """Write the tensors that `make` returns by key, sharded as transformers does; `sizes` are their bytes.
 
     One shard's tensors are in memory at a time. Older weights in the folder go, since a reader that finds

@@ -118,9 +118,7 @@ class Embedding(nn.Module):
             case c.LearnedPositions(offset=offset):
                 x = x + self.positions(sequences.positions + offset)  # type: ignore[misc]
             case c.SinusoidalPositions():
-                x = x + sequences.memo(
-                    ("sinusoids", self.dim), lambda: sinusoids(sequences.positions, self.dim)
-                )
+                x = x + sequences.memo(("sinusoids", self.dim), lambda: sinusoids(sequences.positions, self.dim))
         if self.segments is not None:
             x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
         return self.norm(x)

@@ -18,7 +18,7 @@ class CLMConfig(Config):
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Documents begin with `bos` and end with `eos`; a piece from a document's middle begins with the token before it."""
+    """Documents begin with `bos` and end with `eos`; a piece from the middle begins with the token before it."""
 
     bos: int
     eos: int

@@ -90,9 +90,7 @@ class MaskedLM:
         other = int(rng.integers(len(lengths) - 1)) if len(lengths) > 1 else 0
         other += other >= document and len(lengths) > 1
         start = int(rng.integers(max(1, int(lengths[other]) - length)))
-        span = self.documents.slice(other, start, min(int(lengths[other]), start + 2 * length)).astype(
-            np.int64
-        )
+        span = self.documents.slice(other, start, min(int(lengths[other]), start + 2 * length)).astype(np.int64)
         ends = np.flatnonzero(self.vocabulary.ends_sentence[span[: max(0, len(span) - length)]])
         first = int(ends[0]) + 1 if len(ends) else 0
         return span[first : first + length]

@@ -17,9 +17,7 @@ def render(name: str, **values: Any) -> str:
     def finalize(value: Any) -> Any:
         if value is None:
             return "—"
-        return (
-            visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
-        )
+        return visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -64,6 +62,4 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds) // 60
-    return (
-        f"{minutes} min {round(seconds) % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-    )
+    return f"{minutes} min {round(seconds) % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -62,9 +62,7 @@ def bootstrap(
             metrics[name] = Metric(None)
             continue
         if len(defined) < resamples:
-            notes.append(
-                f"{name}: undefined in {resamples - len(defined)} of {resamples} resamples, left out"
-            )
+            notes.append(f"{name}: undefined in {resamples - len(defined)} of {resamples} resamples, left out")
         low, high = np.quantile(defined, [0.025, 0.975]).tolist()
         tail = min((defined <= 0).sum(), (defined >= 0).sum())
         p = min(1.0, 2 * float(tail + 1) / (len(defined) + 1)) if test_zero else None

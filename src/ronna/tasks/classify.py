@@ -141,9 +141,7 @@ class Classify:
                 try:
                     return np.float32(label)
                 except (TypeError, ValueError):
-                    raise RonnaError(
-                        f"score {label!r} is not a number", fix="or set task.problem=single"
-                    ) from None
+                    raise RonnaError(f"score {label!r} is not a number", fix="or set task.problem=single") from None
             case "single":
                 return self.labels.index(label_name(label))
         given = {label_name(x) for x in label}
@@ -162,9 +160,7 @@ class Classify:
             )
         if accounts is not None:
             accounts["truncated"] = accounts.get("truncated", 0) + cut
-        return [
-            Example(e.ids, e.segments, self.target(row.label)) for e, row in zip(encoded, rows, strict=True)
-        ]
+        return [Example(e.ids, e.segments, self.target(row.label)) for e, row in zip(encoded, rows, strict=True)]
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
         return [Sample(item.tokens, segments=item.segments, target=item.target)]
@@ -214,9 +210,7 @@ class Classify:
             return [{"score": round(float(s), 6)} for s in scores[:, 0]]
         if self.problem == "multi":
             p = 1 / (1 + np.exp(-scores))
-            given = [
-                [n for n, x in zip(self.labels, row, strict=True) if x >= self.config.threshold] for row in p
-            ]
+            given = [[n for n, x in zip(self.labels, row, strict=True) if x >= self.config.threshold] for row in p]
             return [{"labels": g, "probabilities": self.named(row)} for g, row in zip(given, p, strict=True)]
         p = torch.from_numpy(scores).softmax(-1).numpy()
         best = p.argmax(-1)

@@ -58,9 +58,7 @@ class Scores:
         return "\n".join([*tables, _metric_table(self.metrics), *(f"note: {visible(x)}" for x in self.notes)])
 
 
-def classification_scores(
-    gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str], *, seed: int = 0
-) -> Scores:
+def classification_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str], *, seed: int = 0) -> Scores:
     """One label a row: accuracy; macro and weighted precision, recall, F1; per class; confusion.
 
     `gold`, `predicted`: (N,) class ids below len(labels). As in scikit-learn, 0/0 counts as 0 and a
@@ -86,9 +84,7 @@ def classification_scores(
     )
 
 
-def multilabel_scores(
-    gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str], *, seed: int = 0
-) -> Scores:
+def multilabel_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str], *, seed: int = 0) -> Scores:
     """Any number of labels a row: micro, macro and weighted scores, subset accuracy, per label.
 
     `gold`, `predicted`: (N, K) of 0 and 1. Raises RonnaError when empty or of another shape.
@@ -193,9 +189,7 @@ def _average_row(kind: str, metrics: Mapping[str, Metric], support: int) -> Clas
     return ClassRow(f"{kind} avg", precision, recall, f1, support)
 
 
-def _absences(
-    labels: Sequence[str], tp: NDArray[Any], gold: NDArray[Any], predicted: NDArray[Any]
-) -> Iterator[str]:
+def _absences(labels: Sequence[str], tp: NDArray[Any], gold: NDArray[Any], predicted: NDArray[Any]) -> Iterator[str]:
     absent = {
         "never predicted, precision 0/0 set to 0": (gold > 0) & (predicted == 0),
         "not in the gold, recall 0/0 set to 0": (gold == 0) & (predicted > 0),
@@ -232,8 +226,7 @@ def _class_table(scores: Scores) -> str:
         return " " * (width - cell_len(name)) + name + " " + "".join(f" {cell:>9}" for cell in cells)
 
     lines = [
-        line(name, *(f"{x:.4f}" for x in (row.precision, row.recall, row.f1)), str(row.support))
-        for name, row in rows
+        line(name, *(f"{x:.4f}" for x in (row.precision, row.recall, row.f1)), str(row.support)) for name, row in rows
     ]
     at = len(scores.classes)
     middle = [""]

@@ -33,9 +33,7 @@ class Columns(NamedTuple):
         return ", ".join(f"{role}={name}" for role, name in self._asdict().items() if name)
 
 
-def choose(
-    role: str, named: str | None, candidates: Sequence[str], fields: Sequence[str], where: str
-) -> str | None:
+def choose(role: str, named: str | None, candidates: Sequence[str], fields: Sequence[str], where: str) -> str | None:
     """The user's column, which must exist, or the first candidate that does."""
     if named is None:
         return next((c for c in candidates if c in fields), None)
@@ -57,9 +55,7 @@ def find_columns(
     text_column = choose("text", text, TEXTS, fields, where)
     # A guessed second text must look like one: a first text named by the user stands alone.
     pairs = () if text is not None else PAIRS
-    pair_column = choose(
-        "text_pair", pair, [p for p in pairs if isinstance(record.fields.get(p), str)], fields, where
-    )
+    pair_column = choose("text_pair", pair, [p for p in pairs if isinstance(record.fields.get(p), str)], fields, where)
     label_column = choose("label", label, LABELS, fields, where)
     for role, column, needed in (("text", text_column, True), ("label", label_column, need_label)):
         if column is None and needed:
@@ -84,8 +80,5 @@ def overlap(left: Mapping[str, Iterable[str]]) -> dict[str, int]:
     sets = {name: set(texts) for name, texts in left.items()}
     names = list(sets)
     return {
-        f"{a}/{b}": len(sets[a] & sets[b])
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-        if sets[a] & sets[b]
+        f"{a}/{b}": len(sets[a] & sets[b]) for i, a in enumerate(names) for b in names[i + 1 :] if sets[a] & sets[b]
     }

@@ -87,9 +87,7 @@ def read_folder(path: Path, side: Side = "source") -> TokenizerParts:
     this room does not know would make sense of the files.
     """
     if not path.exists():
-        raise RonnaError(
-            "no such file or folder", where=str(path), fix="give the folder of a model or tokenizer"
-        )
+        raise RonnaError("no such file or folder", where=str(path), fix="give the folder of a model or tokenizer")
     if path.is_file() and path.suffix != ".json":
         raise RonnaError("not a tokenizer file", where=str(path), fix="give a tokenizer.json or its folder")
     folder, main = (path.parent, path) if path.is_file() else (path, path / "tokenizer.json")
@@ -267,9 +265,7 @@ def _described(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             document = read_json(folder / name)
             if not isinstance(document, dict):
-                raise RonnaError(
-                    "expected a JSON object", where=str(folder / name), fix="copy the file again"
-                )
+                raise RonnaError("expected a JSON object", where=str(folder / name), fix="copy the file again")
             config.update(document if keys is None else {k: document[k] for k in keys if k in document})
     return config
 
@@ -305,9 +301,7 @@ def _add_described_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, An
     backend.add_special_tokens([name for name in names if name and name not in have])
 
 
-def _apply_bos_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Mapping[str, str]
-) -> None:
+def _apply_bos_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Mapping[str, str]) -> None:
     """`add_bos_token` and `add_eos_token`, which count where no tokenizer.json has a template of its own."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
@@ -316,8 +310,7 @@ def _apply_bos_eos(
     if backend.encode("").ids == [i for _, i in ends]:
         return
     single, pair = (
-        " ".join(f"{t}:{segment}" for t in (bos, variable, eos) if t)
-        for segment, variable in ((0, "$A"), (1, "$B"))
+        " ".join(f"{t}:{segment}" for t in (bos, variable, eos) if t) for segment, variable in ((0, "$A"), (1, "$B"))
     )
     backend.post_processor = processors.TemplateProcessing(
         single=single, pair=f"{single} {pair}", special_tokens=list(dict(ends).items())

@@ -111,9 +111,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> TokenizerParts:
     with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
         again = _rereadable(texts, spool)
         _check(again())
-        backend = {"wordpiece": _wordpiece, "bpe": _byte_level_bpe, "unigram": _unigram}[config.kind](
-            again, config
-        )
+        backend = {"wordpiece": _wordpiece, "bpe": _byte_level_bpe, "unigram": _unigram}[config.kind](again, config)
     style = STYLES[config.style]
     named = dict.fromkeys([*style.roles.values(), *config.sentinel_tokens, *config.extra_special])
     backend.add_special_tokens(list(named))
@@ -197,9 +195,7 @@ def _wordpiece(texts: Callable[[], Iterator[str]], config: TokenizerConfig) -> t
     trained = tokenizers.Tokenizer(models.WordPiece({}, unk_token=unk))
     trained.normalizer, trained.pre_tokenizer = normalizer, splitter
     trained.train_from_iterator(texts(), trainer)
-    backend = tokenizers.Tokenizer(
-        models.WordPiece(trained.get_vocab(with_added_tokens=False), unk_token=unk)
-    )
+    backend = tokenizers.Tokenizer(models.WordPiece(trained.get_vocab(with_added_tokens=False), unk_token=unk))
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
     backend.decoder = decoders.WordPiece()
     return backend
@@ -209,9 +205,7 @@ def _byte_level_bpe(texts: Callable[[], Iterator[str]], config: TokenizerConfig)
     backend = tokenizers.Tokenizer(models.BPE())
     if config.lowercase:
         backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=config.pattern == "gpt2"
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=config.pattern == "gpt2")
     if config.pattern == "llama3":
         split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
@@ -233,9 +227,7 @@ def _unigram(texts: Callable[[], Iterator[str]], config: TokenizerConfig) -> tok
     try:
         import sentencepiece
     except ImportError:
-        raise RonnaError(
-            'training kind = "unigram" needs sentencepiece', fix="pip install sentencepiece"
-        ) from None
+        raise RonnaError('training kind = "unigram" needs sentencepiece', fix="pip install sentencepiece") from None
 
     def normalize(text: str) -> str:
         text = unicodedata.normalize("NFKC", text)

@@ -80,9 +80,7 @@ def t5_backend(model: UnigramModel, sentinels: int) -> tokenizers.Tokenizer:
     return backend
 
 
-def marian_backend(
-    model: UnigramModel, vocab: Mapping[str, int], roles: Mapping[str, str]
-) -> tokenizers.Tokenizer:
+def marian_backend(model: UnigramModel, vocab: Mapping[str, int], roles: Mapping[str, str]) -> tokenizers.Tokenizer:
     """One side of a Marian (OPUS-MT) tokenizer: text cut by `model`, ids from the shared `vocab`.
 
     A piece that `model` does not know, but the other side does, is unknown here by id, and known by its
@@ -110,9 +108,7 @@ def marian_decoder(vocab: Mapping[str, int], roles: Mapping[str, str]) -> tokeni
     """Ids back to text, whichever side they come from."""
     decoder = tokenizers.Tokenizer(models.WordLevel(dict(vocab), unk_token=roles["unk"]))
     decoder.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
-    decoder.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in dict.fromkeys(roles.values())]
-    )
+    decoder.add_special_tokens([AddedToken(token, normalized=False) for token in dict.fromkeys(roles.values())])
     return decoder
 
 

@@ -12,9 +12,7 @@ Spelling = Literal["wordpiece", "byte_level", "metaspace"]
 
 # Ideographs, and the punctuation written between them: each is a word of its own.
 IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-CJK = re.compile(
-    f"[{IDEOGRAPHS}\u3001-\u3003\u3007-\u301f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
-)
+CJK = re.compile(f"[{IDEOGRAPHS}\u3001-\u3003\u3007-\u301f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
 SENTENCE_END = (".", "!", "?", "。", "！", "？", "…")
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 

@@ -156,9 +156,7 @@ def _set_aside_damaged(final: Path) -> None:
         return
     if not verify(final):
         fix = "resume from the newest checkpoint, or train in another output folder"
-        raise RonnaError(
-            "a whole checkpoint of this step exists, and none is overwritten", where=str(final), fix=fix
-        )
+        raise RonnaError("a whole checkpoint of this step exists, and none is overwritten", where=str(final), fix=fix)
     os.rename(final, final.with_name(f"{final.name}.damaged-{secrets.token_hex(4)}"))
 
 
@@ -185,9 +183,7 @@ def _disk_error(error: OSError | SafetensorError, path: Path) -> RonnaError:
         fix = f"make {path.parent} writable, or choose another output folder"
     else:
         fix = "check the disk, or choose another output folder"
-    return RonnaError(
-        f"the checkpoint could not be saved: {reason}; older ones were kept", where=str(path), fix=fix
-    )
+    return RonnaError(f"the checkpoint could not be saved: {reason}; older ones were kept", where=str(path), fix=fix)
 
 
 def verify(path: Path) -> list[str]:

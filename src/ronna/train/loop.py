@@ -138,9 +138,7 @@ class Window:
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(
-        self, sums: dict[str, Tensor], stats: dict[str, Tensor], counts: dict[str, int], tokens: int
-    ) -> None:
+    def add(self, sums: dict[str, Tensor], stats: dict[str, Tensor], counts: dict[str, int], tokens: int) -> None:
         for name, value in (sums | stats).items():
             self.sums[name] = self.sums.get(name, 0) + value
         for name, n in counts.items():
@@ -172,9 +170,7 @@ class Run:
     seed: int
     log: Log
     progress: Progress = field(default_factory=Progress)
-    evaluate: Callable[[Callable[[], bool]], Evaluation | None] | None = (
-        None  # given a way to ask whether to stop
-    )
+    evaluate: Callable[[Callable[[], bool]], Evaluation | None] | None = None  # given a way to ask whether to stop
     save: Callable[[Progress], None] | None = None
     improved: Callable[[], None] | None = None
     hooks: list[Callable[[int], None]] = field(default_factory=list)

@@ -164,9 +164,7 @@ def _can_fuse(parameters: Iterable[Parameter]) -> bool:
     return all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
 
 
-def optimizer_tensors(
-    optimizers: Iterable[Optimizer], named_parameters: NamedParameters
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: Iterable[Optimizer], named_parameters: NamedParameters) -> dict[str, Tensor]:
     """The state as "parameter.key" -> tensor: moments, momenta, step counters (live, not copies).
 
     Rates and the like are not in it: they are the config's. Named by parameter, so neither the order of the

@@ -14,10 +14,9 @@ from ronna.base.device import choose_device, choose_precision
 from ronna.base.errors import RonnaError
 from ronna.base.track import say
 from ronna.data.badrows import BadRows
-from ronna.data.sources import read_records, resolve
+from ronna.data.sources import read_json_stream, read_records, resolve
 from ronna.model.folder import load_folder
 from ronna.model.transformer import Transformer
-from ronna.verbs.prepare import texts
 from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
 from ronna.serve.decode import Generation, generate, perplexity
@@ -26,6 +25,7 @@ from ronna.tasks.classify import PROBLEM_TYPES, Classify, ClassifyConfig, Proble
 from ronna.tasks.metrics import perplexity_scores
 from ronna.tasks.schema import find_columns, peek
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
+from ronna.verbs.prepare import texts
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ class Loaded:
         """What the model writes after each prompt, or for each source."""
         model, tokenizer = self.model, self.tokenizer
         if model.head is None or model.decoder is None:
-            raise RonnaError(
-                "only a model with a decoder can write", where=self.folder, fix="give a GPT or T5 folder"
-            )
+            raise RonnaError("only a model with a decoder can write", where=self.folder, fix="give a GPT or T5 folder")
         both = model.encoder is not None
         start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -61,7 +59,12 @@ class Loaded:
         if not both and start is not None:
             ids = [[start, *i] for i in ids]
         return generate(
-            model, ids, config or GenerateConfig(), eos=eos, start=self.decoder_start if both else start, decode=tokenizer.decode
+            model,
+            ids,
+            config or GenerateConfig(),
+            eos=eos,
+            start=self.decoder_start if both else start,
+            decode=tokenizer.decode,
         )
 
 
@@ -75,9 +78,7 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
     model.compute = dtype
     task = None
     if model.classifier is not None and model.head is None:
-        labels = [
-            name for _, name in sorted(loaded.config["id2label"].items(), key=lambda pair: int(pair[0]))
-        ]
+        labels = [name for _, name in sorted(loaded.config["id2label"].items(), key=lambda pair: int(pair[0]))]
         known: dict[str, Problem] = {t: p for p, t in PROBLEM_TYPES.items()}
         problem = known.get(loaded.config.get("problem_type") or "", "single")
         limit = min(length, model.cfg.max_length or length)
@@ -128,20 +129,21 @@ def predict(run: PredictRun) -> dict[str, Any]:
     """Each record comes out with the prediction beside its own fields, in order, as soon as its batch is done."""
     loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
     bad = BadRows(limit=run.max_bad_rows)
-    first, records = peek(read_records(Path("/dev/stdin") if run.input == "-" else run.input, bad=bad))
-    assert first is not None
+    first, records = peek(
+        read_json_stream(sys.stdin.buffer, "standard input", bad=bad)
+        if run.input == "-"
+        else read_records(run.input, bad=bad)
+    )
+    if first is None:
+        raise RonnaError("no record came", where="standard input", fix='send lines such as {"text": "..."}')
     columns = find_columns(first, text=run.text, pair=run.text_pair, label=None, need_label=False)
     columns = columns._replace(label=None)
     stream = bad.sift(records, lambda record: (record.fields, usable_row(record, columns)))
     with writer(run.output) as file:
         while some := list(islice(stream, run.batch)):
             pairs = [row.pair or "" for _, row in some] if columns.pair else None
-            for (fields, _), answer in zip(
-                some, loaded.predict([row.text for _, row in some], pairs), strict=True
-            ):
-                file.write(
-                    json.dumps({**fields, "prediction": answer}, ensure_ascii=False, default=str) + "\n"
-                )
+            for (fields, _), answer in zip(some, loaded.predict([row.text for _, row in some], pairs), strict=True):
+                file.write(json.dumps({**fields, "prediction": answer}, ensure_ascii=False, default=str) + "\n")
             file.flush()
     return {"data": bad.summary()}
 
@@ -155,9 +157,7 @@ def writer(path: str) -> Iterator[TextIO]:
         with open(path, "w", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise RonnaError(
-            f"cannot be written: {error.strerror}", where=path, fix="choose another --output"
-        ) from None
+        raise RonnaError(f"cannot be written: {error.strerror}", where=path, fix="choose another --output") from None
 
 
 def generate_run(run: GenerateRun) -> dict[str, Any]:

@@ -38,9 +38,7 @@ def inspect(run: InspectRun) -> dict[str, Any]:
     return report
 
 
-def inspect_split(
-    paths: list[Path], run: InspectRun, tokenizer: Tokenizer | None
-) -> tuple[dict[str, Any], list[str]]:
+def inspect_split(paths: list[Path], run: InspectRun, tokenizer: Tokenizer | None) -> tuple[dict[str, Any], list[str]]:
     bad = BadRows(limit=run.max_bad_rows)
     fields: Counter[str] = Counter()
     columns: Columns | None = None
@@ -107,10 +105,7 @@ def describe(name: str, r: dict[str, Any]) -> list[str]:
     ]
     lines.append("  fields: " + ", ".join(r["fields"]))
     if rows["quarantined"]:
-        lines += [
-            f"  bad: {n['count']:,} x {why} ({', '.join(n['places'][:3])})"
-            for why, n in rows["reasons"].items()
-        ]
+        lines += [f"  bad: {n['count']:,} x {why} ({', '.join(n['places'][:3])})" for why, n in rows["reasons"].items()]
     for unit in ("characters", "tokens"):
         if r.get(unit):
             q = r[unit]

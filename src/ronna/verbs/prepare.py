@@ -53,9 +53,7 @@ def train_tokenizer_run(run: TokenizerRun) -> dict[str, Any]:
     tokenizer = train_tokenizer(texts(paths, run.text, bad), run.tokenizer)
     tokenizer.save(run.out)
     (Path(run.out) / "run.toml").write_text(dump_toml(run), encoding="utf-8")
-    say(
-        f"{run.tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens from {bad.kept:,} documents: {run.out}"
-    )
+    say(f"{run.tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens from {bad.kept:,} documents: {run.out}")
     return {"vocab": tokenizer.vocab_size, "hash": tokenizer.hash, "data": bad.summary()}
 
 
@@ -64,9 +62,7 @@ def prepare(run: PrepareRun) -> dict[str, Any]:
     tokenizer = load_tokenizer(run.tokenizer)
     splits = input_splits(run.input)
     source = hashlib.sha256(
-        "/".join(
-            [hash_files(splits["train"]), config_hash(run.clean), run.text, str(run.validation)]
-        ).encode()
+        "/".join([hash_files(splits["train"]), config_hash(run.clean), run.text, str(run.validation)]).encode()
     ).hexdigest()
     out, share = Path(run.out), 0.0 if splits["validation"] else run.validation
     out.mkdir(parents=True, exist_ok=True)
@@ -76,9 +72,7 @@ def prepare(run: PrepareRun) -> dict[str, Any]:
     documents = clean(texts(splits["train"], run.text, bad), run.clean, cleaned)
     kept = split_off(encode(documents, tokenizer), share, held.append)
     report["train"] = write(out / "train", kept, tokenizer, source, run, bad, cleaned)
-    for (
-        _
-    ) in kept:  # of a run that had finished these shards before a kill: what to hold out is still to be found
+    for _ in kept:  # of a run that had finished these shards before a kill: what to hold out is still to be found
         pass
     if splits["validation"]:
         bad, cleaned = BadRows(run.max_bad_rows, out / "quarantine-validation.jsonl"), CleanReport()
@@ -87,9 +81,7 @@ def prepare(run: PrepareRun) -> dict[str, Any]:
         source = hash_files(splits["validation"]) + config_hash(run.clean)
         report["validation"] = write(out / "validation", given, tokenizer, source, run, bad, cleaned)
     elif held:
-        report["validation"] = write(
-            out / "validation", held, tokenizer, source + "-held-out", run, None, None
-        )
+        report["validation"] = write(out / "validation", held, tokenizer, source + "-held-out", run, None, None)
     (out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
     return report
 

@@ -57,9 +57,7 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RonnaError(
-            "no such folder"
-            if not Path(folder).is_dir()
-            else f"config.json cannot be read: {error.strerror}",
+            "no such folder" if not Path(folder).is_dir() else f"config.json cannot be read: {error.strerror}",
             where=str(folder),
             fix="give a folder with config.json and model.safetensors, ours or Hugging Face's",
         ) from None
@@ -91,9 +89,7 @@ def preset(name: str, **overrides: Any) -> tuple[Family, Model]:
     """
     family = next((f for f in FAMILIES if name in f.presets), None)
     if family is None:
-        raise RonnaError(
-            f"no preset {name}", fix=nearest(name, [p for f in FAMILIES for p in f.presets], "presets")
-        )
+        raise RonnaError(f"no preset {name}", fix=nearest(name, [p for f in FAMILIES for p in f.presets], "presets"))
     base = family.presets[name]
     kind = base.get("model_type", family.model_types[0])
     known = family.settings[kind].model_fields

@@ -75,9 +75,7 @@ class ModernBertSettings(Settings):
 
     def rotary(self, kind: Kind, config: Mapping[str, Any]) -> c.Rotary:
         # An absent local theta is 10,000, one that is null is the global one.
-        local = self.local_rope_theta or (
-            self.global_rope_theta if "local_rope_theta" in config else 10_000.0
-        )
+        local = self.local_rope_theta or (self.global_rope_theta if "local_rope_theta" in config else 10_000.0)
         theta = self.global_rope_theta if kind == GLOBAL else local
         return (self.rope_scaling or (self.rope_parameters or {}).get(kind) or Rope()).rotary(theta)
 
@@ -150,13 +148,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
     stack, head, scores = only(model.encoder), model.head, model.classifier
     block = stack.blocks[0]
     transform = head.transform if head else None
-    dense = (
-        (transform.act, transform.bias)
-        if transform
-        else (scores.dense, scores.dense_bias)
-        if scores
-        else None
-    )
+    dense = (transform.act, transform.bias) if transform else (scores.dense, scores.dense_bias) if scores else None
     act, bias = dense or ("gelu", False)
     config = {
         "model_type": "modernbert",
@@ -214,9 +206,7 @@ def names(model: c.Model) -> dict[str, Weight]:
 
 
 def duplicates(model: c.Model) -> dict[str, str]:
-    return (
-        {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.head and model.head.tied else {}
-    )
+    return {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.head and model.head.tied else {}
 
 
 PRESETS = {

@@ -49,16 +49,12 @@ def feed_forward(h: T5Settings) -> c.FeedForward:
         )
     # In these files "gated-gelu" has always meant the tanh form, while "gelu" alone is the exact one.
     exact = h.feed_forward_proj != "gated-gelu"
-    return c.FeedForward(
-        h.d_ff, ACTIVATIONS[act] if exact else "gelu_tanh", bool(kind), dropout=h.dropout_rate
-    )
+    return c.FeedForward(h.d_ff, ACTIVATIONS[act] if exact else "gelu_tanh", bool(kind), dropout=h.dropout_rate)
 
 
 def feed_forward_proj(ffn: c.FeedForward) -> str:
     if ffn.gated:
-        return "gated-" + (
-            "gelu" if ffn.act == "gelu_tanh" else "gelu_python" if ffn.act == "gelu" else ffn.act
-        )
+        return "gated-" + ("gelu" if ffn.act == "gelu_tanh" else "gelu_python" if ffn.act == "gelu" else ffn.act)
     return "gelu_new" if ffn.act == "gelu_tanh" else ffn.act
 
 
@@ -89,9 +85,7 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
 
 def to_hf(model: c.Model) -> dict[str, Any]:
     if model.classifier:
-        raise RonnaError(
-            "T5 folders hold no classifier", fix="use an encoder or a decoder, or drop the classifier"
-        )
+        raise RonnaError("T5 folders hold no classifier", fix="use an encoder or a decoder, or drop the classifier")
     encoder, decoder = only(model.encoder), only(model.decoder)
     block, bias = encoder.blocks[0], encoder.relative_bias or c.RelativeBias()
     config = {

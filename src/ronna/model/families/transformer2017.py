@@ -80,9 +80,7 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
 
 def to_hf(model: c.Model) -> dict[str, Any]:
     if model.classifier:
-        raise RonnaError(
-            "Marian folders hold no classifier", fix="use an encoder or a decoder, or drop the classifier"
-        )
+        raise RonnaError("Marian folders hold no classifier", fix="use an encoder or a decoder, or drop the classifier")
     encoder, decoder = only(model.encoder).blocks, only(model.decoder).blocks
     positions = model.embedding.positions
     assert isinstance(positions, c.SinusoidalPositions)
