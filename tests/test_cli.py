@@ -212,3 +212,15 @@ def test_prepare_accounts_for_every_row(tiny_gpt, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)["train"]
     assert rows["rows"]["rows_in"] == 21 and rows["documents"] == rows["cleaning"]["kept"]
     assert rows["cleaning"]["rows_in"] == 20 == rows["cleaning"]["kept"] + sum(rows["cleaning"]["dropped"].values())
+
+
+def test_a_preset_takes_other_sizes_and_refuses_unknown_ones(tiny_gpt, reviews, tmp_path, capsys):
+    out = str(tmp_path / "shards")
+    assert main(["prepare", "--input", str(reviews), "--tokenizer", str(tiny_gpt), "--out", out]) == 0
+    call = ["pretrain", "--data", f"{out}/train", "--out", str(tmp_path / "r"), "--steps", "2", "--length", "32"]
+    call += ["--model", "gpt2-tiny", "--objective", "clm", "--batch", "2"]
+    assert main([*call, "--set", "model.settings.hiden_size=64"]) == 2
+    assert "hiden_size" in capsys.readouterr().err
+    sizes = ["--set", "model.settings.hidden_size=64", "--set", "model.settings.num_attention_heads=2"]
+    assert main([*call, *sizes]) == 0
+    assert json.loads((tmp_path / "r" / "model" / "config.json").read_text())["n_embd"] == 64

@@ -112,7 +112,7 @@ def validation_folder(run: PretrainRun) -> Path | None:
 def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Transformer]:
     nsp = isinstance(run.objective, MLMConfig) and run.objective.nsp
     pooler = Classifier(2, "first", "tanh") if nsp else None
-    if Path(run.model.name).is_dir() and not run.model.scratch:
+    if Path(run.model.name).is_dir() and not run.model.scratch and not run.model.settings:
         loaded = load_folder(run.model.name, head=True, classifier=pooler, seed=run.seed)
         for note in loaded.notes:
             say(note)
@@ -195,9 +195,14 @@ def architecture(
 ) -> tuple[Family, Any]:
     """The shape named by a preset or a folder, with the wanted heads."""
     if Path(config.name).is_dir():
+        if config.settings:
+            raise RonnaError(
+                "a folder's shape is its own", where="model.settings", fix="leave them out, or start from a preset"
+            )
         family, cfg = read_config(Path(config.name))
     else:
-        family, cfg = preset(config.name, **({"vocab_size": tokenizer.vocab_size} if tokenizer else {}))
+        vocabulary = {"vocab_size": tokenizer.vocab_size} if tokenizer else {}
+        family, cfg = preset(config.name, **vocabulary, **config.settings)
     return family, replace(cfg, head=cfg.head if head else None, classifier=classifier)
 
 

@@ -73,6 +73,7 @@ VERBS: dict[str, Verb] = {
         (Flag("--model", "model.name", "preset or folder"), Flag("--data", "data.train", "shards of `prepare`"),
          Flag("--validation", "data.validation", "shards to measure the loss on"),
          Flag("--objective", "objective.kind", "mlm, clm, denoise"), Flag("--steps", "train.steps", "optimizer steps"),
+         Flag("--tokens", "train.tokens", "tokens to train on"),
          Flag("--epochs", "train.epochs", "passes over the data"), OUT, SEED, DEVICE, *TRAINING),
     ),
     "finetune": Verb(

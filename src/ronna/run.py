@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ronna.assemble import Parts, assemble_finetune, assemble_pretrain
 from ronna.base.config import dump_toml
-from ronna.base.device import choose_device, choose_precision, peak_resident_bytes, seed_for
+from ronna.base.device import (
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    peak_resident_bytes,
+    seed_for,
+)
 from ronna.base.errors import RonnaError
 from ronna.base.track import Tracker, say
 from ronna.model.folder import load_folder, save_folder
@@ -53,7 +59,9 @@ class Training:
         else:
             plan, per_epoch = length_plan(parts.lengths, run.seed, config.batch, micro)
         self.feed = Feed(parts.objective, parts.data, plan, run.seed, device)
-        self.total_steps = config.steps or max(1, round((config.epochs or 1) * per_epoch))
+        tokens_a_step = config.batch * (config.length if parts.lengths is None else float(parts.lengths.mean()))
+        wanted = config.tokens / tokens_a_step if config.tokens else (config.epochs or 1) * per_epoch
+        self.total_steps = config.steps or max(1, round(wanted))
         self.hashes = parts.hashes | {"config": identity(run)}
         self.notes: list[str] = []
 
@@ -205,6 +213,8 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
         raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
     torch.manual_seed(seed_for(run.seed))
     device = choose_device(run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype, reason = choose_precision(run.train.precision, device)
     parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run)
     parts.model.compute = dtype

@@ -21,6 +21,7 @@ from ronna.train.schedule import Linear, Schedule
 class ModelConfig(Config):
     name: str  # a model folder, or a preset's name
     dropout: float | None = Field(None, ge=0, lt=1)  # None: as the folder or the family has it
+    settings: dict[str, int | float] = {}  # keys of config.json that a preset is to have otherwise
     scratch: bool = False  # a folder's architecture with new weights, to compare with
 
 

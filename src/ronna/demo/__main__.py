@@ -54,21 +54,21 @@ class Demo:
     def pretrain_bert(self) -> None:
         api.pretrain(
             out=self.path("bert"),
-            model={"name": "bert-mini", "dropout": 0.0},
+            model={"name": "bert-tiny", "dropout": 0.0},
             data={"train": self.path("shards-bert", "train"), "validation_rows": 64},
             objective={"kind": "mlm"},
-            optim={"kind": "adamw", "lr": 1e-3},
-            train={"steps": self.steps(500), "batch": 32, "length": 128, "log_every": 20},
+            optim={"kind": "adamw", "lr": 2e-3},
+            train={"steps": self.steps(1000), "batch": 32, "length": 128},
         )
 
     def pretrain_gpt(self) -> None:
         api.pretrain(
             out=self.path("gpt"),
-            model={"name": "gpt2-mini", "dropout": 0.0},
+            model={"name": "gpt2-tiny", "dropout": 0.0},
             data={"train": self.path("shards-gpt", "train"), "validation_rows": 32},
             objective={"kind": "clm"},
             optim={"kind": "adamw", "lr": 2e-3},
-            train={"steps": self.steps(300), "batch": 16, "length": 256, "log_every": 20},
+            train={"steps": self.steps(500), "batch": 16, "length": 256},
         )
 
     def finetune(self, scratch: bool) -> None:
@@ -76,8 +76,8 @@ class Demo:
             out=self.path("areas-scratch" if scratch else "areas"),
             model={"name": self.path("bert", "model"), "scratch": scratch, "dropout": 0.1},
             data={"train": self.path("corpus", "areas")},
-            optim={"kind": "adamw", "lr": 3e-4, "betas": [0.9, 0.999], "weight_decay": 0.01},
-            train={"epochs": max(1.0, 4 * self.scale), "batch": 32, "length": 96, "log_every": 40},
+            optim={"kind": "adamw", "lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.01},
+            train={"epochs": max(1.0, 4 * self.scale), "batch": 32, "length": 96},
         )
 
     def evaluate(self) -> None:

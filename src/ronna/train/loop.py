@@ -25,14 +25,15 @@ from ronna.train.schedule import Schedule, lr_scale, set_lr
 class TrainConfig(Config):
     """How long, in what portions and how carefully."""
 
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)  # wins over tokens and epochs
+    epochs: float | None = Field(None, gt=0)  # where steps and tokens say nothing; None: 1
+    tokens: int | None = Field(None, ge=1)  # where steps says nothing
     batch: int = Field(32, ge=1)  # sequences (fine-tuning) or full rows (pre-training) a step
     micro_batch: int | None = Field(None, ge=1)  # as many of them at a time; None: all
     length: int = Field(128, ge=8)  # tokens of a row or, fine-tuning, the most of a sequence
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     clip: float = Field(1.0, gt=0)
-    log_every: int = Field(10, ge=1)
+    log_every: int | None = Field(None, ge=1)  # None: fifty times in the run
     evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run
     save_every: int | None = Field(None, ge=1)  # None: at every evaluation
     keep: int = Field(2, ge=2)  # checkpoints
@@ -182,15 +183,16 @@ class Run:
         Raises Interrupted after saving when asked to stop, RonnaError when losses stay non-finite.
         """
         p, window = self.progress, Window()
+        log_every = self.config.log_every or max(1, self.total_steps // 50)
         evaluate_every = self.config.evaluate_every or max(1, self.total_steps // 10)
         save_every = self.config.save_every or evaluate_every
         self.model.train()
         with stop_flag() as stop:
             while True:
                 last = p.step >= self.total_steps
+                paused = time.perf_counter()
                 if p.step and (p.step % evaluate_every == 0 or last):
                     last = self.judge(stop) or last
-                    window.started = time.perf_counter()
                 if stop() or (p.step and (p.step % save_every == 0 or last)):
                     self.keep()
                 if last:
@@ -198,9 +200,10 @@ class Run:
                 if stop():
                     raise Interrupted
                 began = time.perf_counter()
+                window.started += began - paused  # evaluating and saving are not training
                 self.step(window)
                 p.seconds += time.perf_counter() - began
-                if p.step % self.config.log_every == 0 or p.step == self.total_steps:
+                if p.step % log_every == 0 or p.step == self.total_steps:
                     self.report(window)
                     window = Window()
 

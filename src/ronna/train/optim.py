@@ -1,5 +1,6 @@
 """Optimizers: what to build from a config, their state as named tensors, and gradient clipping."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import reduce
@@ -262,6 +263,8 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     dtype = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
     norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
+        return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
     # A norm of 0 clips nothing; without this an infinite norm would turn the gradients into zeros and NaN.
     clip_grads_with_norm_(with_gradient, max_norm, torch.where(total.isfinite(), total, 0.0))
     return total
