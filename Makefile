@@ -7,6 +7,7 @@ BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 .PHONY: demo test check bench
 
 demo: $(STAMP)
+	rm -rf demo
 	$(VENV)/bin/python -m ronna.demo --out demo
 
 test: $(STAMP)

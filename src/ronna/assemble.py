@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ronna.base.errors import RonnaError
+from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRows
 from ronna.data.loader import sample_rng
@@ -112,8 +113,9 @@ def validation_folder(run: PretrainRun) -> Path | None:
 def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Transformer]:
     nsp = isinstance(run.objective, MLMConfig) and run.objective.nsp
     pooler = Classifier(2, "first", "tanh") if nsp else None
-    if Path(run.model.name).is_dir() and not run.model.scratch and not run.model.settings:
-        loaded = load_folder(run.model.name, head=True, classifier=pooler, seed=run.seed)
+    folder = local_folder(run.model.name)
+    if folder.is_dir() and not run.model.scratch and not run.model.settings:
+        loaded = load_folder(folder, head=True, classifier=pooler, seed=run.seed)
         for note in loaded.notes:
             say(note)
         family, model = loaded.family, loaded.model
@@ -194,12 +196,13 @@ def architecture(
     config: ModelConfig, tokenizer: Tokenizer | None, *, head: bool, classifier: Classifier | None
 ) -> tuple[Family, Any]:
     """The shape named by a preset or a folder, with the wanted heads."""
-    if Path(config.name).is_dir():
+    folder = local_folder(config.name)
+    if folder.is_dir():
         if config.settings:
             raise RonnaError(
                 "a folder's shape is its own", where="model.settings", fix="leave them out, or start from a preset"
             )
-        family, cfg = read_config(Path(config.name))
+        family, cfg = read_config(folder)
     else:
         vocabulary = {"vocab_size": tokenizer.vocab_size} if tokenizer else {}
         family, cfg = preset(config.name, **vocabulary, **config.settings)
@@ -222,14 +225,15 @@ def drop(model: Transformer, config: ModelConfig) -> Transformer:
 
 
 def assemble_finetune(run: FinetuneRun) -> Parts:
-    read_config(run.model.name)  # a mistyped folder should not wait for the data to be read
+    folder = local_folder(run.model.name)
+    read_config(folder)  # a mistyped folder should not wait for the data to be read
     splits = resolve_splits(run.data)
     rows, account = read_splits(splits, run)
     problem = run.task.problem
     labels_seen = [r.label for r in rows["train"]]
     found = detect_problem(labels_seen) if problem == "auto" else problem
     labels = collect_labels(labels_seen, found)
-    tokenizer = load_tokenizer(run.model.name)
+    tokenizer = load_tokenizer(folder)
     family, model = finetune_model(run, len(labels))
     limit = model.cfg.max_length
     length = run.train.length if limit is None else min(run.train.length, limit)
@@ -244,7 +248,9 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
         "tokenizer": tokenizer.hash,
     }
     lengths = np.array([len(e.tokens) for e in examples["train"]])
-    parts = Parts(model, family, tokenizer, task, examples["train"], lengths, hashes, account)
+    # The folder will tell whoever loads it to cut texts where training cut them.
+    saved = tokenizer.with_max_length(length)
+    parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type = labels, PROBLEM_TYPES[found]
     held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
     parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
@@ -326,12 +332,13 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 def finetune_model(run: FinetuneRun, labels: int) -> tuple[Family, Transformer]:
     """The folder's model with a classifier of the right size, or the same architecture with new weights."""
-    family, cfg = read_config(Path(run.model.name))
+    folder = local_folder(run.model.name)
+    family, cfg = read_config(folder)
     classifier = classifier_for(family, cfg, labels)
     if run.model.scratch:
         _, cfg = architecture(run.model, None, head=False, classifier=classifier)
         return family, drop(build(cfg, run.seed), run.model)
-    loaded = load_folder(run.model.name, head=False, classifier=classifier, seed=run.seed)
+    loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)
     for note in loaded.notes:
         say(note)
     return family, drop(loaded.model, run.model)

@@ -19,9 +19,9 @@ from ronna.train.schedule import Linear, Schedule
 
 
 class ModelConfig(Config):
-    name: str  # a model folder, or a preset's name
+    name: str  # a model folder, a preset's name, or hub:ORG/NAME
     dropout: float | None = Field(None, ge=0, lt=1)  # None: as the folder or the family has it
-    settings: dict[str, int | float] = {}  # keys of config.json that a preset is to have otherwise
+    settings: dict[str, int | float] = Field({})  # keys of config.json that a preset is to have otherwise
     scratch: bool = False  # a folder's architecture with new weights, to compare with
 
 
@@ -119,7 +119,7 @@ class EvaluateRun(Config):
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
-    length: int = Field(512, ge=8)  # tokens of a sequence, or of a window of a language model
+    length: int | None = Field(None, ge=8)  # tokens of a sequence or window; None: as in training, at most 512
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     max_bad_rows: int = Field(0, ge=0)
@@ -132,7 +132,7 @@ class PredictRun(Config):
     output: str = "-"
     text: str | None = None
     text_pair: str | None = None
-    length: int = Field(512, ge=8)
+    length: int | None = Field(None, ge=8)  # tokens of a sequence; None: as in training, at most 512
     batch: int = Field(256, ge=1)  # records read at a time
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

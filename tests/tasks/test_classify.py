@@ -61,6 +61,15 @@ def test_rows_are_kept_or_set_aside():
     assert set(bad.reasons) == {"text is not a string", "empty text", "no label"}
 
 
+def test_one_id_with_two_labels_is_a_bad_row():
+    bad = BadRows(limit=1)
+    fields = [{"id": 7, "t": "a", "l": 1}, {"id": 7, "t": "a", "l": 0}, {"id": 7, "t": "a", "l": 1}]
+    records = [Record(f, Path("f"), i) for i, f in enumerate(fields, 1)]
+    bad.rows_in = len(records)
+    assert [r.label for r in read_rows(records, Columns("t", None, "l"), bad)] == [1, 1]
+    assert bad.places["same id, two labels"] == ["f:2"]
+
+
 def test_unknown_labels_are_refused_by_name(tiny_bert):
     with pytest.raises(RonnaError, match="label 'ugly' is not among the 2 labels"):
         task(tiny_bert).check_labels([Row("a", None, "ugly")], "test.csv")

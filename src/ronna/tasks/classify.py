@@ -55,7 +55,16 @@ class Example(NamedTuple):
 
 def read_rows(records: Iterable[Record], columns: Columns, bad: BadRows) -> Iterator[Row]:
     """Rows with a usable text and label; others are set aside with their place."""
-    return bad.sift(records, lambda record: usable_row(record, columns))
+    labels: dict[Any, Any] = {}
+
+    def convert(record: Record) -> Row:
+        row = usable_row(record, columns)
+        key = record.fields.get("id")
+        if isinstance(key, str | int) and labels.setdefault(key, row.label) != row.label:
+            raise BadRow("same id, two labels", f"id {key!r} was {labels[key]!r} before, now {row.label!r}")
+        return row
+
+    return bad.sift(records, convert)
 
 
 def usable_row(record: Record, columns: Columns) -> Row:

@@ -1,7 +1,8 @@
 """What must hold before a run is worth its electricity, checked in seconds on the user's model and data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +33,10 @@ def check_start(model: Transformer, objective: Objective, samples: list[Sample])
     checks = [supervision(objective, samples), ids_in_vocabulary(model, samples), lengths_fit(model, samples)]
     checks += [weights_tied(model), labels_in_set(model, samples)]
     if all(c.ok for c in checks):
-        with exact(model):
-            checks += [no_leak(model, objective, few), accumulation(model, objective, few)]
+        with still(model, model.compute):  # the leak in the precision, and so with the kernel, of the run
+            checks.append(no_leak(model, objective, few))
+        with still(model, torch.float32):
+            checks.append(accumulation(model, objective, few))
     return checks
 
 
@@ -47,21 +50,18 @@ def refuse_failed(checks: list[Check]) -> None:
         )
 
 
-class exact:
-    """fp32 and no dropout for the time of a check; leaves no gradient behind."""
-
-    def __init__(self, model: Transformer):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.compute, self.training = self.model.compute, self.model.training
-        self.model.compute = torch.float32
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.compute = self.compute
-        self.model.train(self.training)
-        self.model.zero_grad()
+@contextmanager
+def still(model: Transformer, compute: torch.dtype) -> Iterator[None]:
+    """No dropout, and this precision, for the time of a check; leaves no gradient behind."""
+    before, training = model.compute, model.training
+    model.compute = compute
+    model.eval()
+    try:
+        yield
+    finally:
+        model.compute = before
+        model.train(training)
+        model.zero_grad()
 
 
 def supervision(objective: Objective, samples: list[Sample]) -> Check:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from ronna.base.config import config_hash
 from ronna.base.device import choose_device, choose_precision
 from ronna.base.errors import RonnaError
+from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRows
 from ronna.data.sources import read_json_stream, read_records, resolve
@@ -27,6 +28,8 @@ from ronna.tasks.schema import find_columns, peek
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.verbs.prepare import texts
 
+LENGTH = 512  # where neither the user nor the folder says one
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -37,6 +40,7 @@ class Loaded:
     tokenizer: Tokenizer
     task: Classify | None
     decoder_start: int | None  # of an encoder-decoder
+    length: int  # tokens of a sequence, or of a window of a language model
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The prediction for each text or pair: label and probabilities, labels, or score."""
@@ -68,23 +72,25 @@ class Loaded:
         )
 
 
-def load(folder: str, *, device: str = "auto", precision: str = "auto", length: int = 512) -> Loaded:
+def load(folder: str, *, device: str = "auto", precision: str = "auto", length: int | None = None) -> Loaded:
     """A model folder (ours or Hugging Face's) on a device. Raises RonnaError for anything that is not one."""
     place = choose_device(device)
     dtype, _ = choose_precision(precision, place)
-    loaded = load_folder(folder)
-    tokenizer = load_tokenizer(folder)
+    where = local_folder(folder)
+    loaded = load_folder(where)
+    tokenizer = load_tokenizer(where)
     model = loaded.model.to(place, dtype).eval()
     model.compute = dtype
+    length = length or min(tokenizer.max_length or LENGTH, LENGTH)
+    length = length if model.cfg.max_length is None else min(length, model.cfg.max_length)
     task = None
     if model.classifier is not None and model.head is None:
         labels = [name for _, name in sorted(loaded.config["id2label"].items(), key=lambda pair: int(pair[0]))]
         known: dict[str, Problem] = {t: p for p, t in PROBLEM_TYPES.items()}
         problem = known.get(loaded.config.get("problem_type") or "", "single")
-        limit = min(length, model.cfg.max_length or length)
-        task = Classify(ClassifyConfig(problem=problem), tokenizer, problem, labels, limit)
+        task = Classify(ClassifyConfig(problem=problem), tokenizer, problem, labels, length)
     start = loaded.config.get("decoder_start_token_id", tokenizer.pad_id)
-    return Loaded(folder, model, tokenizer, task, start)
+    return Loaded(folder, model, tokenizer, task, start, length)
 
 
 def evaluate(run: EvaluateRun) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
                 fix="give a causal model or a classifier",
             )
         start = loaded.tokenizer.eos_id if loaded.tokenizer.bos_id is None else loaded.tokenizer.bos_id
-        length = min(run.length, loaded.model.cfg.max_length or run.length)
+        length = loaded.length
         ids = [i.tolist() for i in loaded.tokenizer.encode_batch(documents)]
         nll, tokens = perplexity(loaded.model, ids, length=length, stride=length // 2, bos=start)
         scores = perplexity_scores(nll, tokens, sum(len(d.encode()) for d in documents))

@@ -11,6 +11,7 @@ import numpy as np
 from ronna.assemble import hash_files
 from ronna.base.config import config_hash, dump_toml
 from ronna.base.errors import RonnaError
+from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRow, BadRows, Record
 from ronna.data.shards import documents_done, write_shards
@@ -59,7 +60,7 @@ def train_tokenizer_run(run: TokenizerRun) -> dict[str, Any]:
 
 def prepare(run: PrepareRun) -> dict[str, Any]:
     """Write OUT/train and OUT/validation; called again after a kill, it goes on and leaves the same bytes."""
-    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer = load_tokenizer(local_folder(run.tokenizer))
     splits = input_splits(run.input)
     source = hashlib.sha256(
         "/".join([hash_files(splits["train"]), config_hash(run.clean), run.text, str(run.validation)]).encode()
