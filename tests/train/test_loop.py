@@ -1,5 +1,6 @@
 """The loop on a tiny model: what a step computes, and what may not change it."""
 
+import json
 import math
 from dataclasses import replace
 from typing import ClassVar
@@ -16,7 +17,7 @@ from ronna.objectives.base import Batch, Loss, Sample, collate
 from ronna.objectives.clm import CausalLM
 from ronna.objectives.documents import Piece
 from ronna.train.feed import Feed, length_plan, row_plan
-from ronna.train.loop import Evaluation, Run, TrainConfig, gradients
+from ronna.train.loop import Evaluation, Progress, Run, TrainConfig, gradients
 from ronna.train.optim import SGD, AdamW, build_optimizer
 from ronna.train.schedule import Constant
 
@@ -170,6 +171,14 @@ def test_patience_stops_at_the_best():
     training.improved = lambda: best.append(training.progress.step)
     progress = training.train()
     assert best == [2, 4] and progress.step == 8 and progress.best_step == 4
+
+
+def test_an_undefined_score_does_not_stop_a_run_from_being_saved():
+    training = run(tiny(), steps=1, config=TrainConfig(batch=8, evaluate_every=1))
+    training.evaluate = lambda stop: Evaluation({"spearman": -math.inf, "loss": math.nan}, "spearman", True)
+    state = json.loads(json.dumps(training.train().to_json(), allow_nan=False))
+    assert state["best"] is None and state["history"] == [{"step": 1, "spearman": None, "loss": None}]
+    assert Progress(**state).step == 1
 
 
 def test_a_lower_loss_is_better():

@@ -57,7 +57,16 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # evaluations
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Ready for strict JSON: a score that is undefined is null."""
+        return {name: finite(value) for name, value in asdict(self).items()}
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
