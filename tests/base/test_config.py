@@ -72,7 +72,8 @@ def mistakes(tree: dict) -> str:
         ({"train.zzz": 1}, "fix: known keys here: lr, steps, betas, clip, compile, schedule"),
         ({"objective.kind": "mln"}, 'objective.kind: unknown kind "mln"\n  fix: did you mean "mlm"?'),
         ({"objective.kind": "q"}, 'fix: it should be one of: "clm", "mlm"'),
-        ({"objective.rate": 0.2}, 'objective.kind: missing\n  fix: it should be one of: "clm", "mlm"'),
+        ({"objective.rate": 0.2}, 'no key of this kind of objective\n  fix: set objective.kind = "mlm"'),
+        ({"objective": {"kind": "mlm", "z_loss": 0.1}}, 'fix: set objective.kind = "clm"'),
         (
             {"objective": {"kind": "mlm", "rat": 1}},
             "objective.rat: unknown key\n  fix: did you mean objective.rate?",

@@ -192,6 +192,9 @@ def _mistake(model: type[BaseModel], error: dict[str, Any]) -> _Mistake:
         case "extra_forbidden" | "unexpected_keyword_argument":
             *above, name = error["loc"]
             table, owner = _locate(model, above)
+            union = _members(_locate(model, above[:-1])[1]) if above else []
+            if kinds := [kind for m in union if str(name) in _fields(m) and (kind := _kind_of(m))]:
+                return _Mistake(key, f"no key of this kind of {table}", f'set {_dot(table, "kind")} = "{kinds[0]}"')
             return _Mistake(key, "unknown key", _nearest_key(model, str(name), table, list(_fields(owner))))
         case "union_tag_invalid":
             tag, tags = error["ctx"]["tag"], _tags(here)
