@@ -224,3 +224,21 @@ def test_a_preset_takes_other_sizes_and_refuses_unknown_ones(tiny_gpt, reviews, 
     sizes = ["--set", "model.settings.hidden_size=64", "--set", "model.settings.num_attention_heads=2"]
     assert main([*call, *sizes]) == 0
     assert json.loads((tmp_path / "r" / "model" / "config.json").read_text())["n_embd"] == 64
+
+
+def test_a_text_flag_is_text_even_where_it_looks_like_a_number(tiny_bert, reviews, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert finetune(tiny_bert, reviews, Path("2024"), "--epochs", "1") == 0
+    assert (tmp_path / "2024" / "report.json").exists()
+
+
+def test_a_flipped_bit_in_the_shards_is_found_before_training(tiny_gpt, reviews, tmp_path, capsys):
+    out = tmp_path / "shards"
+    assert main(["prepare", "--input", str(reviews), "--tokenizer", str(tiny_gpt), "--out", str(out)]) == 0
+    file = out / "train" / "tokens-00000.bin"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(bytes(data))
+    call = ["pretrain", "--data", f"{out}/train", "--out", str(tmp_path / "r"), "--steps", "2", "--length", "32"]
+    assert main([*call, "--model", str(tiny_gpt), "--objective", "clm", "--batch", "2"]) == 2
+    assert "tokens-00000.bin" in capsys.readouterr().err

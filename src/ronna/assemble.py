@@ -16,12 +16,12 @@ from ronna.data.badrows import BadRows
 from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
 from ronna.data.sources import find_splits, read_records, resolve
-from ronna.model.config import Classifier, with_dropout
+from ronna.model.config import Classifier, Model, with_dropout
 from ronna.model.families import Family, classifier_for, preset, read_config
 from ronna.model.folder import load_folder
 from ronna.model.init import build
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Objective, collate
+from ronna.objectives.base import Objective, Totals, collate
 from ronna.objectives.clm import CausalLM, CLMConfig
 from ronna.objectives.denoise import Denoise
 from ronna.objectives.documents import PackedDocuments
@@ -68,6 +68,7 @@ class Parts:
 
 def assemble_pretrain(run: PretrainRun) -> Parts:
     shards = Shards(Path(run.data.train))
+    shards.verify()  # a flipped bit in the data is as bad as one in a checkpoint, and cheaper to find now
     tokenizer = shards_tokenizer(shards, run.data.train)
     objective = build_objective(run, tokenizer, shards)
     family, model = pretrain_model(run, tokenizer)
@@ -114,21 +115,22 @@ def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Tran
     nsp = isinstance(run.objective, MLMConfig) and run.objective.nsp
     pooler = Classifier(2, "first", "tanh") if nsp else None
     folder = local_folder(run.model.name)
-    if folder.is_dir() and not run.model.scratch and not run.model.settings:
+    if folder.is_dir() and not run.model.scratch:
+        refuse_settings(run.model)
         loaded = load_folder(folder, head=True, classifier=pooler, seed=run.seed)
         for note in loaded.notes:
             say(note)
         family, model = loaded.family, loaded.model
     else:
-        family, cfg = architecture(run.model, tokenizer, head=True, classifier=pooler)
-        model = build(cfg, run.seed)
+        family, cfg = architecture(run.model, folder, tokenizer)
+        model = build(replace(cfg, classifier=pooler), run.seed)
     if model.cfg.embedding.vocab < tokenizer.vocab_size:
         raise RonnaError(
             f"the model has {model.cfg.embedding.vocab} token embeddings, the tokenizer {tokenizer.vocab_size} tokens",
             where=run.model.name,
             fix="use the model's own tokenizer, or start from a preset",
         )
-    return family, drop(model, run.model)
+    return family, set_dropout(model, run.model)
 
 
 def build_objective(run: PretrainRun, tokenizer: Tokenizer, shards: Shards) -> MaskedLM | CausalLM | Denoise:
@@ -169,8 +171,7 @@ def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[
     @torch.inference_mode()
     def evaluate(stop: Stop) -> Evaluation | None:
         parts.model.eval()
-        totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        totals = Totals()
         for first in range(0, rows, run.train.micro_batch or run.train.batch):
             if stop():
                 return None
@@ -178,13 +179,8 @@ def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[
             samples = [s for i in items for s in parts.objective.samples(held[i], sample_rng(run.seed, i))]
             batch = collate(parts.objective, samples, parts.model.device)
             loss = parts.objective.loss(parts.model, batch)
-            for name, value in (loss.sums | loss.stats).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            for term, n in batch.counts.items():
-                counts[term] = counts.get(term, 0) + n
-        scores = {name: total / counts[name.split("_")[0]] for name, total in totals.items()}
-        scores["loss"] = sum(scores[term] for term in counts)
-        return Evaluation(scores, "loss", higher_is_better=False)
+            totals.add(loss.sums | loss.stats, batch.counts)
+        return Evaluation(totals.means(), "loss", higher_is_better=False)
 
     return evaluate
 
@@ -192,24 +188,21 @@ def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[
 # Models
 
 
-def architecture(
-    config: ModelConfig, tokenizer: Tokenizer | None, *, head: bool, classifier: Classifier | None
-) -> tuple[Family, Any]:
-    """The shape named by a preset or a folder, with the wanted heads."""
-    folder = local_folder(config.name)
+def architecture(config: ModelConfig, folder: Path, tokenizer: Tokenizer) -> tuple[Family, Model]:
+    """The shape of a folder, or of a preset with the tokenizer's vocabulary."""
     if folder.is_dir():
-        if config.settings:
-            raise RonnaError(
-                "a folder's shape is its own", where="model.settings", fix="leave them out, or start from a preset"
-            )
-        family, cfg = read_config(folder)
-    else:
-        vocabulary = {"vocab_size": tokenizer.vocab_size} if tokenizer else {}
-        family, cfg = preset(config.name, **vocabulary, **config.settings)
-    return family, replace(cfg, head=cfg.head if head else None, classifier=classifier)
+        refuse_settings(config)
+        return read_config(folder)
+    return preset(config.name, vocab_size=tokenizer.vocab_size, **config.settings)
 
 
-def drop(model: Transformer, config: ModelConfig) -> Transformer:
+def refuse_settings(config: ModelConfig) -> None:
+    if config.settings:
+        fix = "leave them out, or start from a preset"
+        raise RonnaError("a folder's shape is its own", where="model.settings", fix=fix)
+
+
+def set_dropout(model: Transformer, config: ModelConfig) -> Transformer:
     """Set the dropout that the user asked for; modules read it from their parts' configs."""
     if config.dropout is None:
         return model
@@ -226,7 +219,7 @@ def drop(model: Transformer, config: ModelConfig) -> Transformer:
 
 def assemble_finetune(run: FinetuneRun) -> Parts:
     folder = local_folder(run.model.name)
-    read_config(folder)  # a mistyped folder should not wait for the data to be read
+    family, cfg = read_config(folder)  # a mistyped folder should not wait for the data to be read
     splits = resolve_splits(run.data)
     rows, account = read_splits(splits, run)
     problem = run.task.problem
@@ -234,7 +227,7 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     found = detect_problem(labels_seen) if problem == "auto" else problem
     labels = collect_labels(labels_seen, found)
     tokenizer = load_tokenizer(folder)
-    family, model = finetune_model(run, len(labels))
+    model = finetune_model(run, folder, family, cfg, len(labels))
     limit = model.cfg.max_length
     length = run.train.length if limit is None else min(run.train.length, limit)
     task = Classify(run.task, tokenizer, found, labels, length)
@@ -330,15 +323,13 @@ def hash_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def finetune_model(run: FinetuneRun, labels: int) -> tuple[Family, Transformer]:
+def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, labels: int) -> Transformer:
     """The folder's model with a classifier of the right size, or the same architecture with new weights."""
-    folder = local_folder(run.model.name)
-    family, cfg = read_config(folder)
+    refuse_settings(run.model)
     classifier = classifier_for(family, cfg, labels)
     if run.model.scratch:
-        _, cfg = architecture(run.model, None, head=False, classifier=classifier)
-        return family, drop(build(cfg, run.seed), run.model)
+        return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), run.model)
     loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)
     for note in loaded.notes:
         say(note)
-    return family, drop(loaded.model, run.model)
+    return set_dropout(loaded.model, run.model)

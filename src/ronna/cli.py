@@ -13,8 +13,11 @@ from ronna.base.errors import RonnaError
 INTERRUPTED = 143  # 128 + SIGTERM: stopped as asked, all saved, not finished
 
 
+NUMBER = "number"
+
+
 class Flag(NamedTuple):
-    """`key` is where the value goes in the run file; `nargs` "+" makes a list, "flag" a switch."""
+    """`key` is where the value goes in the run file; `nargs` "+" makes a list, "flag" a switch, NUMBER a number."""
 
     name: str
     key: str
@@ -33,15 +36,15 @@ class Verb(NamedTuple):
 
 
 OUT = Flag("--out", "out", "folder to write")
-SEED = Flag("--seed", "seed", "seed of everything random")
+SEED = Flag("--seed", "seed", "seed of everything random", NUMBER)
 DEVICE = Flag("--device", "device", "auto, cpu, cuda, cuda:1, mps")
 PRECISION = Flag("--precision", "precision", "auto, fp32, bf16")
-BAD_ROWS = Flag("--max-bad-rows", "max_bad_rows", "bad rows to set aside before giving up (default 0)")
+BAD_ROWS = Flag("--max-bad-rows", "max_bad_rows", "bad rows to set aside before giving up (default 0)", NUMBER)
 TRAINING = (
-    Flag("--lr", "optim.lr", "peak learning rate"),
-    Flag("--batch", "train.batch", "sequences or packed rows a step"),
-    Flag("--micro-batch", "train.micro_batch", "as many of them at a time"),
-    Flag("--length", "train.length", "tokens of a row or, fine-tuning, the most of a sequence"),
+    Flag("--lr", "optim.lr", "peak learning rate", NUMBER),
+    Flag("--batch", "train.batch", "sequences or packed rows a step", NUMBER),
+    Flag("--micro-batch", "train.micro_batch", "as many of them at a time", NUMBER),
+    Flag("--length", "train.length", "tokens of a row or, fine-tuning, the most of a sequence", NUMBER),
     Flag("--precision", "train.precision", "auto, fp32, bf16"),
     Flag("--tensorboard", "track.tensorboard", "also log to TensorBoard", "flag"),
 )
@@ -60,21 +63,22 @@ VERBS: dict[str, Verb] = {
         "train a tokenizer", "TokenizerRun", "ronna.verbs.prepare:train_tokenizer_run",
         (Flag("--input", "input", "files or folders of text", "+"), OUT,
          Flag("--kind", "tokenizer.kind", "wordpiece, bpe (byte-level), unigram"),
-         Flag("--vocab", "tokenizer.vocab", "number of tokens"), BAD_ROWS),
+         Flag("--vocab", "tokenizer.vocab", "number of tokens", NUMBER), BAD_ROWS),
     ),
     "prepare": Verb(
         "text -> clean, deduplicated, tokenized shards", "PrepareRun", "ronna.verbs.prepare:prepare",
         (Flag("--input", "input", "files or folders of text", "+"), OUT,
          Flag("--tokenizer", "tokenizer", "tokenizer or model folder"), Flag("--text", "text", "column of the text"),
-         Flag("--validation", "validation", "share of documents to hold out"), BAD_ROWS),
+         Flag("--validation", "validation", "share of documents to hold out", NUMBER), BAD_ROWS),
     ),
     "pretrain": Verb(
         "train a language model on shards", "PretrainRun", "ronna.run:execute",
         (Flag("--model", "model.name", "preset or folder"), Flag("--data", "data.train", "shards of `prepare`"),
          Flag("--validation", "data.validation", "shards to measure the loss on"),
-         Flag("--objective", "objective.kind", "mlm, clm, denoise"), Flag("--steps", "train.steps", "optimizer steps"),
-         Flag("--tokens", "train.tokens", "tokens to train on"),
-         Flag("--epochs", "train.epochs", "passes over the data"), OUT, SEED, DEVICE, *TRAINING),
+         Flag("--objective", "objective.kind", "mlm, clm, denoise"),
+         Flag("--steps", "train.steps", "optimizer steps", NUMBER),
+         Flag("--tokens", "train.tokens", "tokens to train on", NUMBER),
+         Flag("--epochs", "train.epochs", "passes over the data", NUMBER), OUT, SEED, DEVICE, *TRAINING),
     ),
     "finetune": Verb(
         "train a model for a task on labelled records", "FinetuneRun", "ronna.run:execute",
@@ -82,32 +86,37 @@ VERBS: dict[str, Verb] = {
          Flag("--train", "data.train", "file, or folder with train, validation and test"),
          Flag("--validation", "data.validation", "file"), Flag("--test", "data.test", "file"),
          Flag("--text", "data.text", "column of the text"), Flag("--text-pair", "data.text_pair", "of the second text"),
-         Flag("--label", "data.label", "of the label"), Flag("--epochs", "train.epochs", "passes over the data"),
-         Flag("--limit", "data.limit", "training rows to use"),
+         Flag("--label", "data.label", "of the label"),
+         Flag("--epochs", "train.epochs", "passes over the data", NUMBER),
+         Flag("--limit", "data.limit", "training rows to use", NUMBER),
          Flag("--scratch", "model.scratch", "new weights, to compare with", "flag"),
          Flag("--allow-overlap", "data.allow_overlap", "accept training texts in held-out data", "flag"),
-         Flag("--max-bad-rows", "data.max_bad_rows", "bad rows to set aside before giving up (default 0)"),
+         Flag("--max-bad-rows", "data.max_bad_rows", "bad rows to set aside before giving up (default 0)", NUMBER),
          OUT, SEED, DEVICE, *TRAINING),
     ),
     "evaluate": Verb(
         "measure a model on a file", "EvaluateRun", "ronna.verbs.evaluate:evaluate",
         (Flag("--model", "model", "model folder"), Flag("--data", "data", "files", "+"), OUT, *COLUMNS,
-         Flag("--label", "label", "column of the label"), Flag("--length", "length", "tokens of a sequence or window"),
+         Flag("--label", "label", "column of the label"),
+         Flag("--length", "length", "tokens of a sequence or window", NUMBER),
          DEVICE, PRECISION, BAD_ROWS),
     ),
     "predict": Verb(
         "records in, records with predictions out, streaming", "PredictRun", "ronna.verbs.evaluate:predict",
         (Flag("--model", "model", "model folder"), Flag("--input", "input", "file, or - for standard input"),
          Flag("--output", "output", "file, or - for standard output"), *COLUMNS,
-         Flag("--length", "length", "most tokens of a sequence"), DEVICE, PRECISION, BAD_ROWS),
+         Flag("--length", "length", "most tokens of a sequence", NUMBER), DEVICE, PRECISION, BAD_ROWS),
     ),
     "generate": Verb(
         "text from a decoder or an encoder-decoder", "GenerateRun", "ronna.verbs.evaluate:generate_run",
         (Flag("--model", "model", "model folder"), Flag("--prompt", "prompt", "one or more prompts", "+"),
-         Flag("--max-tokens", "decoding.max_tokens", "tokens to write at most"),
-         Flag("--temperature", "decoding.temperature", "0 is greedy"), Flag("--top-k", "decoding.top_k", ""),
-         Flag("--top-p", "decoding.top_p", ""), Flag("--beams", "decoding.beams", "beam search with so many beams"),
-         Flag("--stop", "decoding.stop", "texts to stop at", "+"), Flag("--seed", "decoding.seed", "of sampling"),
+         Flag("--max-tokens", "decoding.max_tokens", "tokens to write at most", NUMBER),
+         Flag("--temperature", "decoding.temperature", "0 is greedy", NUMBER),
+         Flag("--top-k", "decoding.top_k", "draw from the likeliest K tokens only", NUMBER),
+         Flag("--top-p", "decoding.top_p", "draw from the likeliest tokens of this total probability", NUMBER),
+         Flag("--beams", "decoding.beams", "beam search with so many beams", NUMBER),
+         Flag("--stop", "decoding.stop", "texts to stop at", "+"),
+         Flag("--seed", "decoding.seed", "of sampling", NUMBER),
          DEVICE, PRECISION),
     ),
     "doctor": Verb(
@@ -142,8 +151,8 @@ def add_verb(group: Any, leaf: str, name: str, verb: Verb) -> None:
         options: dict[str, Any] = {"help": flag.help}
         if flag.nargs == "flag":
             options |= {"action": "store_true", "default": None}
-        elif flag.nargs:
-            options |= {"nargs": flag.nargs}
+        elif flag.nargs == "+":
+            options |= {"nargs": "+"}
         if flag.name.startswith("-"):
             options |= {"dest": f"flag:{flag.key}"}
             options |= {} if flag.nargs == "flag" else {"metavar": flag.name.lstrip("-").replace("-", "_").upper()}
@@ -162,16 +171,16 @@ def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
 
     file = getattr(arguments, "file", None)
     tree: dict[str, Any] = read_toml(file) if file else {}
-    given = {k.removeprefix("flag:"): v for k, v in vars(arguments).items() if k.startswith("flag:") and v is not None}
-    sets = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if not scalar(value)]
-    sets += [f"{key}={value}" for key, value in given.items() if scalar(value)]
+    flags = {f"flag:{flag.key}": flag for flag in verb.flags}
+    sets = [
+        # A number is read as TOML; all else is quoted, or `--out 2024` would be one.
+        f"{flags[name].key}={value if flags[name].nargs == NUMBER else json.dumps(value, ensure_ascii=False)}"
+        for name, value in vars(arguments).items()
+        if name in flags and value is not None
+    ]
     tree = apply_sets(tree, sets + arguments.set)
     config = getattr(importlib.import_module("ronna.runfile"), verb.config)
     return build(config, tree, where=file or "the command line")
-
-
-def scalar(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -101,7 +101,7 @@ class Training:
                     now.step,
                     tensors={"optimizer": optimizer_tensors(optimizers, parts.model.named_parameters())},
                     model=parts.model.state_dict(),
-                    write_model=self.write_tensors,
+                    write_model=self.write_model,
                     state=now.to_json(),
                 )
 
@@ -126,9 +126,6 @@ class Training:
         saved = load_folder(self.checkpoint.model_dir, head=cfg.head is not None, classifier=cfg.classifier)
         self.parts.model.load_state_dict(saved.model.state_dict())
         return Progress(**self.checkpoint.state)
-
-    def write_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        self.write_model(folder, tensors)
 
     def write_model(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
         parts = self.parts

@@ -111,41 +111,39 @@ class InspectRun(Config):
     max_bad_rows: int = Field(1_000_000, ge=0)  # looking at data must not stop at what it is to find
 
 
-class EvaluateRun(Config):
+class Use(Config):
+    """What every verb that uses a trained folder has."""
+
+    model: str  # a model folder, or hub:ORG/NAME
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class UseOnRecords(Use):
+    text: str | None = None
+    text_pair: str | None = None
+    length: int | None = Field(None, ge=8)  # tokens of a sequence or window; None: as in training, at most 512
+    max_bad_rows: int = Field(0, ge=0)
+
+
+class EvaluateRun(UseOnRecords):
     verb: Literal["evaluate"] = "evaluate"
-    model: str
     data: tuple[str, ...] = Field(min_length=1)
     out: str | None = None  # folder for the report
-    text: str | None = None
-    text_pair: str | None = None
     label: str | None = None
-    length: int | None = Field(None, ge=8)  # tokens of a sequence or window; None: as in training, at most 512
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    max_bad_rows: int = Field(0, ge=0)
 
 
-class PredictRun(Config):
+class PredictRun(UseOnRecords):
     verb: Literal["predict"] = "predict"
-    model: str
     input: str = "-"
     output: str = "-"
-    text: str | None = None
-    text_pair: str | None = None
-    length: int | None = Field(None, ge=8)  # tokens of a sequence; None: as in training, at most 512
     batch: int = Field(256, ge=1)  # records read at a time
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    max_bad_rows: int = Field(0, ge=0)
 
 
-class GenerateRun(Config):
+class GenerateRun(Use):
     verb: Literal["generate"] = "generate"
-    model: str
     prompt: tuple[str, ...] = Field(min_length=1)
     decoding: GenerateConfig = GenerateConfig()
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 class DoctorRun(Config):

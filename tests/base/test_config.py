@@ -212,7 +212,8 @@ def test_bad_set_shows_how(text):
 
 def test_needs_no_torch():
     code = "import ronna.base.config, ronna.base.track, ronna.base.device, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    done = subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode == 0
 
 
 class Adam(Config):

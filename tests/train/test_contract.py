@@ -106,7 +106,9 @@ def stepped(some: Transformer, lr: float = 1e-2) -> FirstStep:
 
 
 def test_every_tensor_moves_in_a_sound_first_step():
-    stepped(model())(0)
+    hook = stepped(model())
+    hook(0)
+    assert hook.done and set(hook.before) == {n for n, _ in hook.model.named_parameters()}
 
 
 def test_a_tensor_without_gradient_is_seen():
@@ -130,4 +132,6 @@ def test_a_tensor_that_does_not_move_is_seen():
 def test_a_frozen_tensor_need_not_move():
     frozen = model()
     frozen.embedding.positions.weight.requires_grad_(False)
-    stepped(frozen)(0)
+    hook = stepped(frozen)
+    hook(0)
+    assert hook.done and "embedding.positions.weight" not in hook.before

@@ -5,6 +5,7 @@ Legend: T flat tokens, B sequences, M predicted positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import nan
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +59,29 @@ class Loss:
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """Sums of losses and statistics, and over how many items each is a mean; a statistic is named `term_...`.
+
+    Sums stay tensors until they are read, so that nothing waits for the device before that.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        for name, n in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + n
+
+    def means(self) -> dict[str, float]:
+        """Each mean (nan over nothing), and `loss`, the sum of the terms'."""
+        counts = {name: self.counts[name.split("_")[0]] for name in self.sums}
+        means = {name: float(total) / counts[name] if counts[name] else nan for name, total in self.sums.items()}
+        return {"loss": sum(means[term] for term in self.counts if self.counts[term]), **means}
 
 
 class Objective(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
-from ronna.model.loss import ChunkedCrossEntropy
+from ronna.model.loss import vocabulary_loss
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.serve.batch import Batch, inference
@@ -279,8 +279,5 @@ def _window_nats(model: Transformer, windows: list[_Window]) -> float:
     hidden = model.hidden(torch.tensor([token for w in windows for token in w.inputs], device=device), sequences)
     labels = torch.tensor([token for w in windows for token in w.labels], device=device)
     predicted = torch.tensor([len(w.inputs) - i <= len(w.labels) for w in windows for i in range(len(w.inputs))])
-    x = model.head.transform(hidden[predicted.to(device)])
-    # Detached, as the loss would prepare gradients of whatever asks for them.
-    weight, bias = model.head.logits.weight.detach(), model.head.logits.bias
-    nats, _ = ChunkedCrossEntropy.apply(x, weight, None if bias is None else bias.detach(), labels)
+    nats, _ = vocabulary_loss(model.head, hidden[predicted.to(device)], labels)
     return float(nats)

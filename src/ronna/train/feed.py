@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ronna.data.loader import Order, sample_rng
+from ronna.data.loader import Order, positions_for, sample_rng
 from ronna.data.packing import length_batches
 from ronna.objectives.base import Batch, Objective, Sample, collate
 
@@ -41,13 +41,12 @@ class Feed:
 
 
 def row_plan(items: int, seed: int, batch: int, micro: int) -> tuple[Callable[[int], Plan], int]:
-    """`batch` items a step in shuffled order, `micro` at a time; and the steps of one pass over the data."""
-    order = Order(items, seed)
+    """`batch` items a step in shuffled order, at most `micro` at a time; and the steps of one pass over the data."""
+    order, pieces = Order(items, seed), -(-batch // micro)
 
     def plan(step: int) -> Plan:
-        positions = np.arange(step * batch, (step + 1) * batch)
-        pairs = list(zip(positions.tolist(), order.at(positions).tolist(), strict=True))
-        return [pairs[i : i + micro] for i in range(0, batch, micro)]
+        parts = [positions_for(step, batch=batch, micro=i, accumulation=pieces) for i in range(pieces)]
+        return [list(zip(p.tolist(), order.at(p).tolist(), strict=True)) for p in parts]
 
     return plan, max(1, -(-items // batch))
 

@@ -17,7 +17,7 @@ from ronna.base.config import Config
 from ronna.base.device import resident_bytes, seed_for
 from ronna.base.errors import RonnaError
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Objective
+from ronna.objectives.base import Batch, Objective, Totals
 from ronna.train.optim import clip_gradients
 from ronna.train.schedule import Schedule, lr_scale, set_lr
 
@@ -114,10 +114,8 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def gradients(
-    model: Transformer, objective: Objective, batches: list[Batch], seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
-    """Add the gradient of one step to the parameters; return summed losses, statistics and counts.
+def gradients(model: Transformer, objective: Objective, batches: list[Batch], seed: int) -> Totals:
+    """Add the gradient of one step to the parameters; return its losses and statistics.
 
     Each term is divided once, by its count over all micro-batches: how the step is cut up cannot matter.
     """
@@ -125,45 +123,28 @@ def gradients(
     for batch in batches:
         for term, n in batch.counts.items():
             counts[term] = counts.get(term, 0) + n
-    sums: dict[str, Tensor] = {}
-    stats: dict[str, Tensor] = {}
+    totals = Totals(counts=counts)
     for i, batch in enumerate(batches):
         torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)
         loss = objective.loss(model, batch)
         terms = [total / counts[term] for term, total in loss.sums.items() if counts[term]]
         if terms:
             torch.stack(terms).sum().backward()
-        for into, values in ((sums, loss.sums), (stats, loss.stats)):
-            for name, value in values.items():
-                into[name] = into.get(name, 0) + value.detach()
-    return sums, stats, counts
+        totals.add(loss.sums | loss.stats, {})
+    return totals
 
 
 @dataclass
 class Window:
-    """Sums since the last log line; tensors, so that nothing waits for the device between log lines."""
+    """What happened since the last log line."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, sums: dict[str, Tensor], stats: dict[str, Tensor], counts: dict[str, int], tokens: int) -> None:
-        for name, value in (sums | stats).items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        for name, n in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + n
-        self.tokens += tokens
-
     def values(self) -> dict[str, float]:
-        """Means of the loss terms, of statistics named `term_...`, and the total loss."""
-        means = {}
-        for name, total in self.sums.items():
-            count = self.counts[name.split("_")[0]]
-            means[name] = float(total) / count if count else math.nan
-        loss = sum(means[t] for t in self.counts if t in means)
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        return {"loss": loss, **means, "tokens_per_second": self.tokens / seconds}
+        return {**self.totals.means(), "tokens_per_second": self.tokens / seconds}
 
 
 @dataclass
@@ -219,9 +200,9 @@ class Run:
     def step(self, window: Window) -> None:
         p = self.progress
         batches = self.feed(p.step)
-        sums, stats, counts = gradients(self.model, self.objective, batches, seed_for(self.seed, p.step))
+        totals = gradients(self.model, self.objective, batches, seed_for(self.seed, p.step))
         norm = clip_gradients(self.model.parameters(), self.config.clip)
-        if sum(counts.values()) == 0 or not math.isfinite(float(norm)):
+        if sum(totals.counts.values()) == 0 or not math.isfinite(float(norm)):
             self.skip(norm)
         else:
             p.skipped_in_a_row = 0
@@ -231,7 +212,8 @@ class Run:
             for hook in self.hooks:
                 hook(p.step)
             tokens = sum(b.real_tokens for b in batches)
-            window.add(sums, stats, counts, tokens)
+            window.totals.add(totals.sums, totals.counts)
+            window.tokens += tokens
             p.tokens += tokens
             p.positions += sum(b.computed_positions for b in batches)
         self.model.zero_grad()
@@ -251,7 +233,7 @@ class Run:
             )
 
     def report(self, window: Window) -> None:
-        if not window.counts:
+        if not window.totals.counts:
             return
         p = self.progress
         scale = lr_scale(self.schedule, p.step - 1, self.total_steps)

@@ -10,7 +10,6 @@ import numpy as np
 
 from ronna.assemble import hash_files
 from ronna.base.config import config_hash, dump_toml
-from ronna.base.errors import RonnaError
 from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRow, BadRows, Record
@@ -136,8 +135,6 @@ def write(
     )
     tokenizer.save(out / "tokenizer")
     say(f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
-    if manifest.documents == 0:
-        raise RonnaError("no document left", where=str(out), fix="loosen the filters under clean")
     return {
         "documents": manifest.documents,
         "tokens": manifest.tokens,
