@@ -16,8 +16,8 @@ from ronna.data.badrows import BadRows
 from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
 from ronna.data.sources import find_splits, read_records, resolve
-from ronna.model.config import Classifier, Model, with_dropout
-from ronna.model.families import Family, classifier_for, preset, read_config
+from ronna.model.config import Classifier, Model
+from ronna.model.families import Family, classifier_for, preset, read_config, with_dropout
 from ronna.model.folder import load_folder
 from ronna.model.init import build
 from ronna.model.transformer import Transformer
@@ -130,7 +130,7 @@ def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Tran
             where=run.model.name,
             fix="use the model's own tokenizer, or start from a preset",
         )
-    return family, set_dropout(model, run.model)
+    return family, set_dropout(model, family, run.model)
 
 
 def build_objective(run: PretrainRun, tokenizer: Tokenizer, shards: Shards) -> MaskedLM | CausalLM | Denoise:
@@ -202,11 +202,11 @@ def refuse_settings(config: ModelConfig) -> None:
         raise RonnaError("a folder's shape is its own", where="model.settings", fix=fix)
 
 
-def set_dropout(model: Transformer, config: ModelConfig) -> Transformer:
+def set_dropout(model: Transformer, family: Family, config: ModelConfig) -> Transformer:
     """Set the dropout that the user asked for; modules read it from their parts' configs."""
     if config.dropout is None:
         return model
-    cfg = with_dropout(model.cfg, config.dropout)
+    cfg = with_dropout(family, model.cfg, config.dropout)
     with torch.device("meta"):
         changed = Transformer(cfg)
     changed.load_state_dict(model.state_dict(), assign=True)
@@ -328,8 +328,8 @@ def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, l
     refuse_settings(run.model)
     classifier = classifier_for(family, cfg, labels)
     if run.model.scratch:
-        return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), run.model)
+        return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), family, run.model)
     loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)
     for note in loaded.notes:
         say(note)
-    return set_dropout(loaded.model, run.model)
+    return set_dropout(loaded.model, family, run.model)

@@ -11,7 +11,17 @@ import transformers as hf
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
-from ronna.model.families import FAMILIES, Family, classifier_for, family_of, locate, preset, read_config
+from ronna.model.config import without_dropout
+from ronna.model.families import (
+    FAMILIES,
+    Family,
+    classifier_for,
+    family_of,
+    locate,
+    preset,
+    read_config,
+    with_dropout,
+)
 from ronna.model.folder import parameter_names
 
 PRESETS = [name for family in FAMILIES for name in family.presets]
@@ -131,7 +141,27 @@ def test_classifiers_survive_it_too(name: str) -> None:
     assert config["architectures"][0].endswith("ForSequenceClassification")
     assert hf.AutoConfig.for_model(**config).num_labels == 7
     assert family.from_hf(config).classifier == classifier
-    assert classifier_for(family, model, 7, dropout=0.4).dropout == 0.4
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_dropout_returns_to_where_the_family_has_it(family: Family) -> None:
+    """A model pre-trained and saved without dropout is fine-tuned with it."""
+    _, usual = preset(next(iter(family.presets)))
+    if family.classifier:
+        usual = replace(usual, head=None, classifier=classifier_for(family, usual, 3))
+    bare = without_dropout(usual)
+    given = with_dropout(family, bare, 0.25)
+    assert given != bare and without_dropout(given) == bare and with_dropout(family, given, 0.0) == bare
+    if usual != bare:
+        assert given == with_dropout(family, usual, 0.25)
+    assert replace(family.from_hf(family.to_hf(given)), head=given.head) == given
+
+
+def test_roberta_drops_before_its_classifiers_dense_layer_too() -> None:
+    for name, before in (("roberta-base", 0.1), ("bert-base", 0.0)):
+        family, model = preset(name)
+        classifier = classifier_for(family, model, 2)
+        assert (classifier.dense_dropout, classifier.dropout) == (before, 0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from ronna.model.config import Attention as Config
+from ronna.model.config import Classifier as Scores
 from ronna.model.layers import Linear, dropout, merged
+from ronna.model.sequences import Sequences
+from ronna.model.transformer import Classifier
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -66,3 +69,14 @@ def test_written_out_attention_is_sdpa_but_for_its_dropout(causal, kv_heads, mon
         plain = attention.sdpa(q, k, v, cfg, mask=m, causal=causal, dropout=0.0)
         written = attention.sdpa(q.clone().requires_grad_(), k, v, cfg, mask=m, causal=causal, dropout=0.0)
         torch.testing.assert_close(written, plain)
+
+
+@pytest.mark.parametrize("place", ["dropout", "dense_dropout"])
+def test_a_classifier_drops_what_its_layers_read(place):
+    classifier = Classifier(Scores(2, dense="tanh", **{place: 0.5}), dim=64)
+    read = {}
+    for name in ("dense", "out"):
+        getattr(classifier, name).register_forward_pre_hook(lambda _, inputs, name=name: read.update({name: inputs[0]}))
+    classifier(torch.ones(5, 64), Sequences.of([5]))
+    dropped = {"dropout": "out", "dense_dropout": "dense"}[place]
+    assert {name: bool((x == 0).any()) for name, x in read.items()} == {"dense": False, "out": False} | {dropped: True}

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ronna.model.config import Classifier, with_dropout
+from ronna.model.config import Classifier, without_dropout
 from ronna.model.families import preset
 from ronna.model.folder import save_folder
 from ronna.model.init import build
@@ -73,7 +73,7 @@ def their_loss(model: torch.nn.Module, name: str, some: list[Sample]) -> torch.T
 def test_training_follows_transformers(name, tmp_path):
     objective, kind = OBJECTIVES[name]
     family, cfg = preset(name, vocab_size=VOCAB)
-    cfg = with_dropout(cfg, 0.0)
+    cfg = without_dropout(cfg)
     if name == "bert-tiny":
         from dataclasses import replace
 

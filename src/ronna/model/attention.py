@@ -77,7 +77,7 @@ class LayerCache:
 
     def extend(self, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Put flat k, v (T, K, D) at their places; return all (B, L, K, D), right padded."""
-        need = int(sequences.positions.max()) + 1
+        need = sequences.reach
         if self.keys is None or self.values is None:
             room = (len(sequences), max(64, need), *k.shape[1:])
             self.keys, self.values = k.new_zeros(room), v.new_zeros(room)

@@ -219,7 +219,8 @@ class Classifier:
     dense_bias: bool = True
     norm: Norm | None = None  # after the dense layer
     bias: bool = True
-    dropout: float = 0.0
+    dense_dropout: float = 0.0  # on what the dense layer reads
+    dropout: float = 0.0  # on what the scores are made of
 
     def params(self, dim: int) -> int:
         dense = dim * dim + dim * self.dense_bias if self.dense else 0
@@ -301,9 +302,9 @@ def map_parts(part: Any, change: Callable[[Any], Any]) -> Any:
     return change(replace(part, **inner))
 
 
-def with_dropout(model: Model, rate: float) -> Model:
-    """The same model with every dropout that its family has set to `rate` (where it had one) or 0."""
-    return map_parts(
-        model,
-        lambda p: replace(p, dropout=rate if p.dropout or rate == 0 else p.dropout) if hasattr(p, "dropout") else p,
-    )
+def without_dropout(model: Model) -> Model:
+    def changed(part: Any) -> Any:
+        had = {name for name in ("dropout", "dense_dropout") if getattr(part, name, 0.0)}
+        return replace(part, **dict.fromkeys(had, 0.0)) if had else part
+
+    return map_parts(model, changed)

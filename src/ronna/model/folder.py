@@ -288,7 +288,7 @@ def refuse_untrue(family: Family, cfg: c.Model, config: dict[str, Any]) -> None:
 
 def computation(cfg: c.Model) -> c.Model:
     """The model without what makes no difference to its outputs."""
-    return replace(c.with_dropout(cfg, 0.0), init=c.Init(), context=None)
+    return replace(c.without_dropout(cfg), init=c.Init(), context=None)
 
 
 def difference(a: Any, b: Any, path: str) -> str | None:

@@ -101,6 +101,11 @@ class Sequences:
         return inside if self.past is None else inside + self.past[self.owner]
 
     @cached_property
+    def reach(self) -> int:
+        """One more than the highest position: waits for the device once a batch, not once a layer."""
+        return int(self.positions.max()) + 1
+
+    @cached_property
     def padded(self) -> View:
         """One sequence per row."""
         return self._view(torch.arange(len(self)), torch.zeros(len(self), dtype=torch.long), self.longest)

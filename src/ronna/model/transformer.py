@@ -165,6 +165,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         x = self.pool(x, sequences)
         if self.dense is not None and self.cfg.dense is not None:
+            x = dropout(x, self.cfg.dense_dropout, self.training)
             x = self.norm(ACTIVATIONS[self.cfg.dense](self.dense(x)))
         return self.out(dropout(x, self.cfg.dropout, self.training)).float()
 

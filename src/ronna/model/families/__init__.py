@@ -29,6 +29,7 @@ __all__ = [
     "preset",
     "read_config",
     "read_config_json",
+    "with_dropout",
 ]
 
 FAMILIES = (BERT, ROBERTA, MODERNBERT, GPT2, LLAMA, T5, TRANSFORMER2017)
@@ -99,15 +100,26 @@ def preset(name: str, **overrides: Any) -> tuple[Family, Model]:
     return family, family.from_hf({"model_type": kind, **base, **renamed})
 
 
-def classifier_for(family: Family, model: Model, labels: int, dropout: float | None = None) -> Classifier:
-    """The classifier that the family's ...ForSequenceClassification has, for a model of that family.
+def with_dropout(family: Family, model: Model, rate: float) -> Model:
+    """The model with `rate` wherever its family usually has dropout, even if this one was saved without any.
 
-    `dropout` replaces the family's usual rate. Raises RonnaError for encoder-decoders.
+    A family that usually has none gets it at every place that its config.json knows; a rate of 0 clears all.
     """
+    config = family.to_hf(model)
+    fields = family.settings[config["model_type"]].model_fields
+    places = {key: fields[key].default for key in fields if "drop" in key}
+    usual = [key for key, default in places.items() if default] if rate else []
+    following = [key for key, default in places.items() if default is None]  # ... the rate of another place
+    changed = family.from_hf(config | dict.fromkeys(usual or places, rate) | dict.fromkeys(following))
+    parts = ("embedding", "encoder", "decoder", "classifier")
+    return replace(model, **{part: getattr(changed, part) for part in parts})
+
+
+def classifier_for(family: Family, model: Model, labels: int) -> Classifier:
+    """The classifier that the family's ...ForSequenceClassification has; RonnaError for encoder-decoders."""
     if family.classifier is None:
         raise RonnaError(
             f"{family.name} models have no classifier",
             fix="choose an encoder (bert, roberta, modernbert) or a decoder (gpt2, llama, qwen)",
         )
-    classifier = family.classifier(model, labels)
-    return classifier if dropout is None else replace(classifier, dropout=dropout)
+    return family.classifier(model, labels)

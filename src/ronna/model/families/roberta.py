@@ -1,6 +1,7 @@
 """RoBERTa (Liu et al. 2019): BERT without next-sentence prediction; positions start behind the padding id."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -26,7 +27,17 @@ class RobertaSettings(bert.BertSettings):
 def from_hf(config: Mapping[str, Any]) -> c.Model:
     h = read(RobertaSettings, config)
     # The head's activation is fixed to the exact GELU, whatever hidden_act says.
-    return bert.with_classifier(bert.body(h, offset=h.pad_token_id + 1, act="gelu"), h)
+    model = bert.with_classifier(bert.body(h, offset=h.pad_token_id + 1, act="gelu"), h)
+    return replace(model, classifier=twice_dropped(model.classifier)) if model.classifier else model
+
+
+def twice_dropped(made: c.Classifier) -> c.Classifier:
+    """Unlike BERT's, the dense layer reads with dropout too."""
+    return replace(made, dense_dropout=made.dropout)
+
+
+def classifier(model: c.Model, labels: int) -> c.Classifier:
+    return twice_dropped(bert.classifier(model, labels))
 
 
 def to_hf(model: c.Model) -> dict[str, Any]:
@@ -74,7 +85,7 @@ ROBERTA = Family(
     to_hf=to_hf,
     names=names,
     duplicates=duplicates,
-    classifier=bert.classifier,
+    classifier=classifier,
     prefix="roberta.",
     heads=r"(lm_head|classifier|qa_outputs|roberta\.pooler)\.",
     ignored=r"roberta\.embeddings\.(position_ids|token_type_ids)$",
