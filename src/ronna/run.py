@@ -16,11 +16,11 @@ from ronna.base.config import dump_toml
 from ronna.base.device import (
     choose_device,
     choose_precision,
-    keep_freed_memory,
     peak_resident_bytes,
     seed_for,
 )
 from ronna.base.errors import RonnaError
+from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.folder import load_folder, save_folder
 from ronna.report import build_report, write_report
@@ -49,8 +49,8 @@ def identity(run: AnyRun) -> str:
 class Training:
     """One run, ready to start or to go on: `prepare_run` makes it, `execute` runs it."""
 
-    def __init__(self, run: AnyRun, parts: Parts, device: torch.device, resume: bool):
-        self.run, self.parts, self.device, self.resume = run, parts, device, resume
+    def __init__(self, run: AnyRun, parts: Parts, device: torch.device, resume: bool, heap: Heap | None = None):
+        self.run, self.parts, self.device, self.resume, self.heap = run, parts, device, resume, heap
         self.out = Path(run.out)
         config = run.train
         micro = config.micro_batch or config.batch
@@ -110,6 +110,8 @@ class Training:
                 run.seed, tracker, progress, parts.evaluate, save,
                 self.keep_best if isinstance(run, FinetuneRun) else None, saved_step=progress.step,
             )  # fmt: skip
+            if self.heap is not None:
+                loop.hooks.append(self.heap)
             if progress.step == 0:
                 peak = float(optimizers[0].param_groups[0]["initial_lr"])
                 loop.hooks.append(FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps)))
@@ -210,15 +212,14 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
         raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
     torch.manual_seed(seed_for(run.seed))
     device = choose_device(run.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    heap = Heap() if device.type == "cpu" else None
     dtype, reason = choose_precision(run.train.precision, device)
     parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run)
     parts.model.compute = dtype
     parts.model.to(device)
     cfg = parts.model.cfg
     say(f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})")
-    return Training(run, parts, device, resume)
+    return Training(run, parts, device, resume, heap)
 
 
 def execute(run: AnyRun, *, resume: bool = False) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What the machine can do: device, precision, memory, and seeds that do not depend on it."""
 
-import ctypes
 import os
 import platform
 import shutil
@@ -89,20 +88,6 @@ def choose_precision(name: str, device: "torch.device") -> "tuple[torch.dtype, s
     if name == "fp32":
         return torch.float32, "asked for"
     raise RonnaError("not a precision", where=f"precision {name}", fix="use one of: auto, fp32, bf16")
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep what is freed instead of giving it back to the system; False where there is no glibc.
-
-    A training step on a CPU takes and frees the same large blocks over and over. By default each of them is
-    mapped anew and its pages are zeroed by the kernel, which costs a tenth of the step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26))
-    return all(mallopt(option, value) == 1 for option, value in settings)
 
 
 def seed_for(*counters: SupportsIndex) -> int:

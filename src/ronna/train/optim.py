@@ -11,7 +11,6 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from ronna.base.config import Config
@@ -256,8 +255,8 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     device: the caller reads the norm once, and skips the step when it is not finite. In that case the
     gradients are left as they were. `math.inf` measures without clipping.
     """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    gradients = [p.grad for p in with_gradient if p.grad is not None]
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g.values() if g.is_sparse else g for g in found]  # of a sparse one, coalesced, the rows it has
     if not gradients:
         return torch.zeros(())
     dtype = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
@@ -266,5 +265,10 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
         return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
     # A norm of 0 clips nothing; without this an infinite norm would turn the gradients into zeros and NaN.
-    clip_grads_with_norm_(with_gradient, max_norm, torch.where(total.isfinite(), total, 0.0))
+    scale = (max_norm / (torch.where(total.isfinite(), total, 0.0) + 1e-6)).clamp(max=1.0)
+    by_device: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_device[gradient.device].append(gradient)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, scale.to(device))
     return total
