@@ -24,12 +24,14 @@ STEPS, WARMUP = 6, 2
 
 def ours(objective: str) -> Callable[[], None]:
     from ronna.base.device import choose_precision
+    from ronna.base.heap import Heap
     from ronna.model.families import preset
     from ronna.model.init import build
     from ronna.model.sequences import Sequences
     from ronna.train.loop import gradients
     from ronna.train.optim import AdamW, build_optimizer, clip_gradients
 
+    heap = Heap() if device() == "cpu" else None  # as a run has it
     name = "bert-tiny" if objective == "mlm" else "llama-tiny"
     hidden = 4 * DIM if objective == "mlm" else (8 * DIM // 3 + 63) // 64 * 64
     sizes = {"vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": LAYERS, "intermediate_size": hidden}
@@ -44,6 +46,8 @@ def ours(objective: str) -> Callable[[], None]:
         clip_gradients(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        if heap:
+            heap()
         model.zero_grad()
 
     return step

@@ -22,6 +22,7 @@ from ronna.base.device import (
 from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
+from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.folder import load_folder, save_folder
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
@@ -77,6 +78,8 @@ class Training:
         for note in self.notes:
             say(note)
         refuse_failed(self.check())
+        if wants_compile(run.train.compile, self.device):
+            compile_blocks(parts.model)
         optimizers = build_optimizer(run.optim, parts.model.named_parameters())
         if self.checkpoint is not None:
             tensors = self.checkpoint.tensors("optimizer")

@@ -181,11 +181,10 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Self-attention, x (T, C) -> (T, C)."""
-        q, k, v = map(self.split, merged(x, self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        angles = None
         if rotary := self.cfg.rotary:
             angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
-            q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k, v = self.project(x, angles)
         if cache is not None:
             y = self.attend_cached(q, k, v, sequences, bias, cache)
         elif has_varlen(q, bias, self.rate):
@@ -193,6 +192,14 @@ class Attention(nn.Module):
         else:
             y = self.attend(q, k, v, sequences, bias)
         return self.out(y.flatten(-2))
+
+    def project(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (T, H or K, D), with their norms and rotary positions."""
+        q, k, v = map(self.split, merged(x, self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None) -> Tensor:
         view = sequences.packed

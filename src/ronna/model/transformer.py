@@ -66,6 +66,9 @@ class Block(nn.Module):
                 self.cross_norm,
                 lambda h: cross.cross(h, sequences, source.states, source.sequences, cache),
             )
+        return self.feed(x)
+
+    def feed(self, x: Tensor) -> Tensor:
         return self.residual(x, self.ffn_norm, self.ffn)
 
     def residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:

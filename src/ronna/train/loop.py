@@ -33,6 +33,7 @@ class TrainConfig(Config):
     micro_batch: int | None = Field(None, ge=1)  # as many of them at a time; None: all
     length: int = Field(128, ge=8)  # tokens of a row or, fine-tuning, the most of a sequence
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"  # auto: where it pays, which is on CUDA
     clip: float = Field(1.0, gt=0)
     log_every: int | None = Field(None, ge=1)  # None: fifty times in the run
     evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run
