@@ -236,6 +236,7 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
         examples[name] = task.encode(some, account)
+    task = task.weighed(examples["train"])
     hashes = {
         "data": hash_files([p for paths in splits.values() for p in paths]),
         "tokenizer": tokenizer.hash,

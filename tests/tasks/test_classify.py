@@ -115,6 +115,40 @@ def test_losses_are_the_usual_ones(tiny_bert):
     torch.testing.assert_close(regression, ((scores[:, 0] - numbers) ** 2).sum())
 
 
+def test_balanced_classes_weigh_the_same(tiny_bert):
+    rows = [Example(np.array([2]), np.array([0]), target) for target in (0, 0, 0, 1)]
+    weighed = task(tiny_bert, class_weights="balanced").weighed(rows)
+    assert weighed.weights.tolist() == pytest.approx([4 / 6, 2.0]) and task(tiny_bert).weighed(rows).weights is None
+    scores, gold = torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])
+    assert float(weighed.criterion(scores, gold)) == pytest.approx(4 * np.log(2))  # 2 log 2 for each class
+    flags = [Example(np.array([2]), np.array([0]), np.array(t, np.float32)) for t in ((1, 0), (0, 0), (0, 0), (1, 0))]
+    multi = task(tiny_bert, "multi", class_weights="balanced").weighed(flags)
+    assert multi.weights.tolist() == [1.0, 1.0]
+    with pytest.raises(RonnaError, match="no classes to weigh"):
+        task(tiny_bert, "regression", ("score",), focal=1.0).weighed(rows)
+
+
+@pytest.mark.parametrize("problem", ["single", "multi"])
+def test_the_focal_loss_is_its_formula(tiny_bert, problem):
+    torch.manual_seed(0)
+    scores = torch.randn(6, 2, requires_grad=True)
+    gold = torch.tensor([0, 1, 1, 0, 1, 1]) if problem == "single" else torch.randint(2, (6, 2)).float()
+    if problem == "single":
+        p = scores.softmax(-1)[range(6), gold]
+        expected = ((1 - p) ** 2 * -p.log()).sum()
+    else:
+        p = torch.where(gold > 0, scores.sigmoid(), 1 - scores.sigmoid())
+        expected = ((1 - p) ** 2 * -p.log()).mean(-1).sum()
+    found = task(tiny_bert, problem, focal=2.0).criterion(scores, gold)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert scores.grad.isfinite().all()
+    certain = torch.tensor([[300.0, -300.0]], requires_grad=True)
+    right = torch.tensor([0]) if problem == "single" else torch.tensor([[1.0, 0.0]])
+    task(tiny_bert, problem, focal=0.5).criterion(certain, right).backward()
+    assert certain.grad.isfinite().all()
+
+
 def test_decoding(tiny_bert):
     scores = np.array([[2.0, 0.0], [-1.0, 3.0]], dtype=np.float32)
     single = task(tiny_bert).decode(scores)

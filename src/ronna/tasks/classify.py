@@ -5,12 +5,13 @@ Legend: B sequences, K labels.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from ronna.base.config import Config
@@ -20,6 +21,7 @@ from ronna.data.sources import Record
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, last_states
 from ronna.tasks.encoding import encode_inputs
+from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
 from ronna.tasks.schema import Columns
 from ronna.text.tokenizer import Tokenizer
@@ -37,6 +39,8 @@ class ClassifyConfig(Config):
     problem: Literal["auto", "single", "multi", "regression"] = "auto"
     truncation: Literal["cut", "refuse"] = "cut"  # of texts longer than train.length; what is cut is counted
     threshold: float = 0.5  # probability above which a label of a multi-label problem is given
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: rare classes weigh more in the loss
+    focal: float = Field(0.0, ge=0)  # gamma of the focal loss: rows that are right already weigh less
 
 
 class Row(NamedTuple):
@@ -126,6 +130,15 @@ class Classify:
     problem: Problem
     labels: list[str]
     length: int
+    weights: Tensor | None = None  # (K,), of the loss
+
+    def weighed(self, examples: Sequence[Example]) -> "Classify":
+        """The task with the class weights that its config asks for, as these examples have it."""
+        if self.problem == "regression" and (self.config.class_weights != "none" or self.config.focal):
+            raise RonnaError("a regression has no classes to weigh", where="task.class_weights, task.focal")
+        if self.config.class_weights == "none":
+            return self
+        return replace(self, weights=balanced_weights([e.target for e in examples], len(self.labels)))
 
     def check_labels(self, rows: Sequence[Row], where: str) -> None:
         """Raises RonnaError for a label that the training data does not have."""
@@ -196,8 +209,8 @@ class Classify:
             case "regression":
                 return F.mse_loss(scores[:, 0], gold.float(), reduction="sum")
             case "multi":
-                return F.binary_cross_entropy_with_logits(scores, gold, reduction="none").mean(-1).sum()
-        return F.cross_entropy(scores, gold, reduction="sum")
+                return binary_cross_entropy(scores, gold, self.weights, self.config.focal)
+        return cross_entropy(scores, gold, self.weights, self.config.focal)
 
     def mean_loss(self, examples: Sequence[Example], scores: np.ndarray) -> float:
         gold = torch.from_numpy(np.asarray([e.target for e in examples]))
