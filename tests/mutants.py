@@ -140,6 +140,13 @@ MUTANTS = [
         "tests/test_resume.py::test_resuming_at_every_step_gives_the_same_weights[clm]",
     ),
     Mutant(
+        "stale embedding rows",
+        "train/rows.py",
+        "self.buffer[self.rows] = 0.0",
+        "self.buffer[self.rows] *= 1.0",
+        "tests/train/test_rows.py::test_training_is_the_same[adamw]",
+    ),
+    Mutant(
         "non-finite step taken",
         "train/loop.py",
         "not math.isfinite(float(norm))",

@@ -74,3 +74,15 @@ def test_equal_lengths_need_neither_copies_nor_masks(equal):
     assert sequences.packed.slots is None
     assert sequences.mask(sequences.packed, causal=True, window=None) is None
     assert sequences.mask(sequences.packed, causal=False, window=None) is None
+
+
+@given(st.integers(1, 20_000))
+def test_rows_are_few_shapes_and_little_waste(tokens):
+    sequences = Sequences.of([tokens])
+    assert tokens <= sequences.rows <= tokens * 17 / 16 and Sequences.of([sequences.rows]).rows == sequences.rows
+    wide = sequences.widen(torch.ones(tokens, 2))
+    assert wide.shape == (sequences.rows, 2) and wide.sum() == 2 * tokens and bool((wide[:tokens] == 1).all())
+
+
+def test_lengths_between_256_and_4096_have_less_than_a_hundred_shapes():
+    assert len({Sequences.of([n]).rows for n in range(256, 4097)}) < 100

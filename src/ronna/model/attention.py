@@ -180,22 +180,22 @@ class Attention(nn.Module):
         bias: RelativeBias | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Self-attention, x (T, C) -> (T, C)."""
+        """Self-attention, x (rows, C) -> (rows, C): see `Sequences.rows`."""
         angles = None
         if rotary := self.cfg.rotary:
             angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
-        q, k, v = self.project(x, angles)
+        q, k, v = self.project(x, sequences.tokens, angles)
         if cache is not None:
             y = self.attend_cached(q, k, v, sequences, bias, cache)
         elif has_varlen(q, bias, self.rate):
             y = varlen(q, k, v, self.cfg, sequences, causal=self.causal)
         else:
             y = self.attend(q, k, v, sequences, bias)
-        return self.out(y.flatten(-2))
+        return self.out(sequences.widen(y.flatten(-2)))
 
-    def project(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (T, H or K, D), with their norms and rotary positions."""
-        q, k, v = map(self.split, merged(x, self.q, self.k, self.v))
+    def project(self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (T, H or K, D) of the first T rows, with their norms and rotary positions."""
+        q, k, v = (self.split(y[:tokens]) for y in merged(x, self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
@@ -239,12 +239,12 @@ class Attention(nn.Module):
         source: Sequences,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Sequence i of x (T, C) reads sequence i of the encoder's states (S, C)."""
-        q = self.q_norm(self.split(self.q(x)))
+        """Sequence i of x (rows, C) reads sequence i of the encoder's states (S, C)."""
+        q = self.q_norm(self.split(self.q(x)[: sequences.tokens]))
         if cache is not None and cache.memory is not None:
             k, v = cache.memory
         else:
-            k, v = map(self.split, merged(memory, self.k, self.v))
+            k, v = (self.split(y[: source.tokens]) for y in merged(source.widen(memory), self.k, self.v))
             k = self.k_norm(k)
             if cache is not None:
                 cache.memory = (k, v)
@@ -254,7 +254,7 @@ class Attention(nn.Module):
             rows.spread(q), columns.spread(k), columns.spread(v), self.cfg,
             mask=mask, causal=False, dropout=self.rate,
         )  # fmt: skip
-        return self.out(rows.gather(y).flatten(-2))
+        return self.out(sequences.widen(rows.gather(y).flatten(-2)))
 
 
 def relative(bias: RelativeBias, view: View, dtype: torch.dtype) -> Tensor:

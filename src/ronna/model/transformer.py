@@ -90,10 +90,11 @@ class Stack(nn.Module):
     def forward(
         self, x: Tensor, sequences: Sequences, memory: Memory | None = None, cache: Cache | None = None
     ) -> Tensor:
-        x = dropout(x, self.cfg.dropout, self.training)
+        """States (T, C) of x (T, C)."""
+        x = sequences.widen(dropout(x, self.cfg.dropout, self.training))
         for i, block in enumerate(self.blocks):
             x = block(x, sequences, self.bias, memory, cache.layer(i) if cache else None)
-        return dropout(self.final_norm(x), self.cfg.dropout, self.training)
+        return dropout(self.final_norm(x[: sequences.tokens]), self.cfg.dropout, self.training)
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:

@@ -217,6 +217,13 @@ PRESETS = {
         "num_attention_heads": 2,
         "max_position_embeddings": 1024,
     },
+    "modernbert-mini": {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+    },
     "modernbert-base": {},
     "modernbert-large": {
         "num_hidden_layers": 28,
