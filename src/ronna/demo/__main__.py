@@ -74,7 +74,7 @@ class Demo:
     def finetune(self, scratch: bool) -> None:
         api.finetune(
             out=self.path("areas-scratch" if scratch else "areas"),
-            model={"name": self.path("bert", "model"), "scratch": scratch, "dropout": 0.1},
+            model={"name": self.path("bert", "model"), "scratch": scratch},
             data={"train": self.path("corpus", "areas")},
             optim={"kind": "adamw", "lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.01},
             train={"epochs": max(1.0, 4 * self.scale), "batch": 32, "length": 96},
