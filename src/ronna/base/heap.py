@@ -13,7 +13,7 @@ MADV_HUGEPAGE = 14  # mman.h
 class Heap:
     """A training step takes and frees the same large blocks over and over. By default each is mapped anew, zeroed
     by the kernel page by page, and found through page tables that no cache holds. Here what is freed is kept, and
-    lies in pages of 2 MiB where the kernel has them: a fifth of the step of a small model. The price is memory that
+    lies in pages of 2 MiB where the kernel has them: a tenth of the step of a small model. The price is memory that
     is rounded up, and not given back before the process ends.
 
     Call it now and then: what the heap has grown by is then laid in large pages too, two microseconds if nothing.

@@ -1,7 +1,7 @@
 """Gradients of the token embedding as the few rows that a step looked up, until the optimizer wants the whole table.
 
 On a CPU a new table of zeros each step costs more than all else about this gradient: with 30,522 x 384 numbers and
-400 tokens 13 ms of page faults, and two more passes over memory to measure and to clear it.
+400 tokens 13 ms to fill it, and two more passes over memory to measure and to clear it.
 """
 
 from torch import Tensor
