@@ -31,7 +31,7 @@ def samples(name: str, rng: np.random.Generator) -> list[Sample]:
     for n in (9, 17, 5, 12):
         tokens = rng.integers(6, VOCAB, size=n)
         if name == "bert-tiny":
-            chosen = np.sort(rng.permutation(n)[: n // 3])
+            chosen = 1 + np.sort(rng.permutation(n - 1)[: n // 3])  # the first token is never predicted
             segments = (np.arange(n) > n // 2).astype(int)
             labels = rng.integers(6, VOCAB, size=len(chosen))
             made.append(Sample(tokens, chosen, labels, segments, target=int(rng.integers(2))))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ronna.model import config as c
 from ronna.model.layers import Linear, make_norm, merged
 from ronna.model.layers import dropout as drop
-from ronna.model.sequences import Sequences, View
+from ronna.model.sequences import Reads, Sequences, View
 
 # On a CPU the flash kernel's backward pass loses against plain products up to about this length.
 WRITTEN_OUT = 512
@@ -39,6 +39,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def placed(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    return (q, k) if angles is None else (rotate(q, *angles), rotate(k, *angles))
 
 
 class RelativeBias(nn.Module):
@@ -179,27 +183,40 @@ class Attention(nn.Module):
         sequences: Sequences,
         bias: RelativeBias | None = None,
         cache: LayerCache | None = None,
+        reads: Reads | None = None,
     ) -> Tensor:
-        """Self-attention, x (rows, C) -> (rows, C): see `Sequences.rows`."""
+        """Self-attention, x (rows, C) -> (rows, C): see `computed_rows`. With `reads`, -> (rows for M, C).
+
+        Scores are computed for every token even then: what is saved are the products that grow with C squared.
+        """
         angles = None
         if rotary := self.cfg.rotary:
             angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
-        q, k, v = self.project(x, sequences.tokens, angles)
+        if reads is None:
+            q, k, v = self.project(x, sequences.tokens, angles)
+        else:
+            q, k, v = self.project_read(x, sequences.tokens, angles, reads)
         if cache is not None:
             y = self.attend_cached(q, k, v, sequences, bias, cache)
         elif has_varlen(q, bias, self.rate):
             y = varlen(q, k, v, self.cfg, sequences, causal=self.causal)
         else:
             y = self.attend(q, k, v, sequences, bias)
-        return self.out(sequences.widen(y.flatten(-2)))
+        y = y.flatten(-2)
+        return self.out(sequences.widen(y) if reads is None else reads.pick(y))
 
     def project(self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (T, H or K, D) of the first T rows, with their norms and rotary positions."""
         q, k, v = (self.split(y[:tokens]) for y in merged(x, self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        return q, k, v
+        return *placed(self.q_norm(q), self.k_norm(k), angles), v
+
+    def project_read(
+        self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None, reads: Reads
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with queries of zeros where nobody reads."""
+        q = self.q_norm(self.split(self.q(reads.pick(x))))
+        k, v = (self.split(y[:tokens]) for y in merged(x, self.k, self.v))
+        return *placed(reads.spread(q), self.k_norm(k), angles), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None) -> Tensor:
         view = sequences.packed
@@ -238,9 +255,11 @@ class Attention(nn.Module):
         memory: Tensor,
         source: Sequences,
         cache: LayerCache | None = None,
+        reads: Reads | None = None,
     ) -> Tensor:
-        """Sequence i of x (rows, C) reads sequence i of the encoder's states (S, C)."""
-        q = self.q_norm(self.split(self.q(x)[: sequences.tokens]))
+        """Sequence i of x (rows, C) reads sequence i of the encoder's states (S, C); x may be what `reads` picks."""
+        q = self.q_norm(self.split(self.q(x)))
+        q = q[: sequences.tokens] if reads is None else reads.spread(q)
         if cache is not None and cache.memory is not None:
             k, v = cache.memory
         else:
@@ -254,7 +273,8 @@ class Attention(nn.Module):
             rows.spread(q), columns.spread(k), columns.spread(v), self.cfg,
             mask=mask, causal=False, dropout=self.rate,
         )  # fmt: skip
-        return self.out(sequences.widen(rows.gather(y).flatten(-2)))
+        y = rows.gather(y).flatten(-2)
+        return self.out(sequences.widen(y) if reads is None else reads.pick(y))
 
 
 def relative(bias: RelativeBias, view: View, dtype: torch.dtype) -> Tensor:

@@ -101,10 +101,11 @@ class Attention:
         norms = 2 * self.qk_norm.params(self.head_dim) if self.qk_norm else 0
         return self.weights(dim) + biases + norms
 
-    def flops(self, dim: int, queries: int, keys: int, context: int) -> int:
-        """`queries` and `keys` in tokens; every query meets `context` keys (no credit for masking)."""
+    def flops(self, dim: int, queries: int, keys: int, context: int, read: int | None = None) -> int:
+        """`queries` and `keys` in tokens; every query meets `context` keys (no credit for masking), and the
+        outputs of `read` of them are computed (None: all)."""
         width, kv_width = self.heads * self.head_dim, self.kv * self.head_dim
-        projections = 2 * dim * (2 * width * queries + 2 * kv_width * keys)
+        projections = 2 * dim * (2 * width * (queries if read is None else read) + 2 * kv_width * keys)
         return projections + 4 * queries * context * width
 
 
@@ -142,10 +143,13 @@ class Block:
         norms = 2 + (self.cross is not None) - self.skip_first_norm
         return sum(p.params(dim) for p in parts if p) + norms * self.norm.params(dim)
 
-    def flops(self, dim: int, tokens: int, length: int, source_tokens: int, source_length: int) -> int:
-        total = self.attention.flops(dim, tokens, tokens, length) + self.ffn.flops(dim, tokens)
+    def flops(
+        self, dim: int, tokens: int, length: int, source_tokens: int, source_length: int, read: int | None = None
+    ) -> int:
+        total = self.attention.flops(dim, tokens, tokens, length, read)
+        total += self.ffn.flops(dim, tokens if read is None else read)
         if self.cross:
-            total += self.cross.flops(dim, tokens, source_tokens, source_length)
+            total += self.cross.flops(dim, tokens, source_tokens, source_length, read)
         return total
 
 
@@ -162,8 +166,18 @@ class Stack:
         final = self.final_norm.params(dim) if self.final_norm else 0
         return sum(b.params(dim) for b in self.blocks) + final + table
 
-    def flops(self, dim: int, tokens: int, length: int, source_tokens: int = 0, source_length: int = 0) -> int:
-        return sum(b.flops(dim, tokens, length, source_tokens, source_length) for b in self.blocks)
+    def flops(
+        self,
+        dim: int,
+        tokens: int,
+        length: int,
+        source_tokens: int = 0,
+        source_length: int = 0,
+        read: int | None = None,
+    ) -> int:
+        """`read` of the last block's outputs are computed (None: all)."""
+        sizes = (dim, tokens, length, source_tokens, source_length)
+        return sum(b.flops(*sizes) for b in self.blocks[:-1]) + self.blocks[-1].flops(*sizes, read)
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,10 @@ class Classifier:
         dense = dim * dim + dim * self.dense_bias if self.dense else 0
         return dense + (self.norm.params(dim) if self.norm else 0) + self.labels * (dim + self.bias)
 
+    def reads(self, sequences: int, length: int) -> int:
+        """Positions whose states it needs."""
+        return sequences * (length if self.pool == "mean" else 1)
+
     def flops(self, dim: int, sequences: int) -> int:
         return 2 * sequences * dim * (self.labels + (dim if self.dense else 0))
 
@@ -279,16 +297,20 @@ class Model:
     def flops(self, sequences: int, length: int, source_length: int = 0, predicted: int | None = None) -> int:
         """Forward floating-point operations of all matrix products for equal sequences.
 
-        `predicted` is the number of positions given to the vocabulary head (None: all). A training step
-        costs three times this. Masked-out attention counts as computed, as FLOP counters do.
+        `predicted` is the number of positions given to the vocabulary head (None: all); the last block computes
+        no others, but for what the classifier pools. A training step costs three times this. Masked-out attention
+        counts as computed, as FLOP counters do.
         """
         tokens, source = sequences * length, sequences * source_length
         total = 0
         if self.encoder and self.decoder:
             total += self.encoder.flops(self.dim, source, source_length)
-        total += self.last.flops(self.dim, tokens, length, source, source_length)
+        words = (tokens if predicted is None else predicted) if self.head else 0
+        pooled = self.classifier.reads(sequences, length) if self.classifier else 0
+        read = min(tokens, words + pooled) if words + pooled else None
+        total += self.last.flops(self.dim, tokens, length, source, source_length, read)
         if self.head:
-            total += self.head.flops(self.dim, self.embedding.vocab, tokens if predicted is None else predicted)
+            total += self.head.flops(self.dim, self.embedding.vocab, words)
         return total + (self.classifier.flops(self.dim, sequences) if self.classifier else 0)
 
 

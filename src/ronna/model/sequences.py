@@ -40,6 +40,43 @@ class View:
         return y if self.slots is None else y.index_select(0, self.slots)
 
 
+def computed_rows(tokens: int, device: torch.device) -> int:
+    """Rows that linear maps compute for so many tokens: on a CPU rounded up, by a sixteenth at most.
+
+    oneDNN makes a kernel for every new shape and keeps the last thousand: batches of all lengths would fill
+    the memory with kernels that are hardly ever used again (1.67 GB resident where this holds 1.44).
+    """
+    if device.type != "cpu" or tokens < 64:
+        return tokens
+    step = min(64, 2 ** (tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+def widened(x: Tensor, tokens: int) -> Tensor:
+    rows = computed_rows(tokens, x.device)
+    return x if rows == tokens else F.pad(x, (0, 0, 0, rows - tokens))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The positions of a flat batch whose last states somebody reads: the last block needs no other queries.
+
+    index: (M,) places among the T tokens, each at most once.
+    """
+
+    index: Tensor
+    tokens: int  # T
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(T or more, C) -> (M, C), widened as `computed_rows` says."""
+        return widened(x.index_select(0, self.index), len(self.index))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(M or more, ...) -> (T, ...), zeros where nobody reads."""
+        empty = x.new_zeros(self.tokens, *x.shape[1:])
+        return empty.index_copy(0, self.index, x[: len(self.index)])
+
+
 class Sequences:
     """Where each sequence of a flat batch starts and at which position it begins.
 
@@ -101,21 +138,9 @@ class Sequences:
         inside = torch.arange(self.tokens, device=self.device) - self.starts[self.owner]
         return inside if self.past is None else inside + self.past[self.owner]
 
-    @cached_property
-    def rows(self) -> int:
-        """Rows that linear maps compute: T, on a CPU rounded up by a sixteenth at most.
-
-        oneDNN makes a kernel for every new shape and keeps the last thousand: batches of all lengths would fill
-        the memory with kernels that are hardly ever used again (1.67 GB resident where this holds 1.44).
-        """
-        if self.device.type != "cpu" or self.tokens < 64:
-            return self.tokens
-        step = min(64, 2 ** (self.tokens.bit_length() - 5))
-        return -(-self.tokens // step) * step
-
     def widen(self, x: Tensor) -> Tensor:
-        """(T, C) -> (rows, C), with zeros behind the tokens."""
-        return x if self.rows == self.tokens else F.pad(x, (0, 0, 0, self.rows - self.tokens))
+        """(T, C) -> (rows, C), with zeros behind the tokens: see `computed_rows`."""
+        return widened(x, self.tokens)
 
     @cached_property
     def reach(self) -> int:

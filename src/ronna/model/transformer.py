@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ronna.model import config as c
 from ronna.model.attention import Attention, LayerCache, RelativeBias
 from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, dropout, make_norm
-from ronna.model.sequences import Sequences
+from ronna.model.sequences import Reads, Sequences
 
 
 @dataclass
@@ -57,25 +57,29 @@ class Block(nn.Module):
         bias: RelativeBias | None = None,
         memory: Memory | None = None,
         cache: LayerCache | None = None,
+        reads: Reads | None = None,
     ) -> Tensor:
-        x = self.residual(x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache))
+        """x (rows, C) -> (rows, C), or the rows that `reads` picks of it."""
+        x = self.residual(x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache, reads), reads)
         if self.cross is not None and self.cross_norm is not None and memory is not None:
             cross, source = self.cross, memory
             x = self.residual(
                 x,
                 self.cross_norm,
-                lambda h: cross.cross(h, sequences, source.states, source.sequences, cache),
+                lambda h: cross.cross(h, sequences, source.states, source.sequences, cache, reads),
             )
         return self.feed(x)
 
     def feed(self, x: Tensor) -> Tensor:
         return self.residual(x, self.ffn_norm, self.ffn)
 
-    def residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        drop = self.cfg.dropout
-        if self.cfg.norm_at == "pre":
-            return x + dropout(layer(norm(x)), drop, self.training)
-        return norm(x + dropout(layer(x), drop, self.training))
+    def residual(
+        self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor], reads: Reads | None = None
+    ) -> Tensor:
+        pre = self.cfg.norm_at == "pre"
+        y = dropout(layer(norm(x) if pre else x), self.cfg.dropout, self.training)
+        total = y + (x if reads is None else reads.pick(x))
+        return total if pre else norm(total)
 
 
 class Stack(nn.Module):
@@ -88,13 +92,21 @@ class Stack(nn.Module):
         self.final_norm = make_norm(cfg.final_norm, dim)
 
     def forward(
-        self, x: Tensor, sequences: Sequences, memory: Memory | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+        reads: Reads | None = None,
     ) -> Tensor:
-        """States (T, C) of x (T, C)."""
+        """States (T, C) of x (T, C), or those (M, C) that are read."""
         x = sequences.widen(dropout(x, self.cfg.dropout, self.training))
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, sequences, self.bias, memory, cache.layer(i) if cache else None)
-        return dropout(self.final_norm(x[: sequences.tokens]), self.cfg.dropout, self.training)
+            layer = cache.layer(i) if cache else None
+            x = block(x, sequences, self.bias, memory, layer, reads if i == last else None)
+        x = x[: sequences.tokens if reads is None else len(reads.index)]
+        return dropout(self.final_norm(x), self.cfg.dropout, self.training)
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
@@ -148,7 +160,7 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Hidden states (T, C) to scores (B, labels), one row per sequence."""
+    """Hidden states, those at `reads`, to scores (B, labels), one row per sequence."""
 
     def __init__(self, cfg: c.Classifier, dim: int):
         super().__init__()
@@ -157,12 +169,18 @@ class Classifier(nn.Module):
         self.norm = make_norm(cfg.norm, dim)
         self.out = Linear(dim, cfg.labels, bias=cfg.bias)
 
-    def pool(self, x: Tensor, sequences: Sequences) -> Tensor:
+    def reads(self, sequences: Sequences) -> Tensor | None:
+        """(B,) places whose states the scores are made of; None: all."""
         match self.cfg.pool:
             case "first":
-                return x[sequences.starts]
+                return sequences.starts
             case "last":
-                return x[sequences.last]
+                return sequences.last
+        return None
+
+    def pool(self, x: Tensor, sequences: Sequences) -> Tensor:
+        if self.cfg.pool != "mean":
+            return x
         sums = x.new_zeros(len(sequences), x.shape[-1]).index_add(0, sequences.owner, x)
         return sums / sequences.lengths.to(x.device, x.dtype)[:, None]
 
@@ -213,11 +231,28 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         memory: Memory | None = None,
         cache: Cache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """The last stack's states (T, C) of flat tokens (T,)."""
+        """The last stack's states (T, C) of flat tokens (T,), or (M, C) at the places `at` (M,), each named once.
+
+        Nobody reads the other places of the last block, so it computes keys and values alone for them. Raises
+        ValueError where `at` names a place twice, which would count its gradient twice (a GPU is not made to wait
+        for this check).
+        """
+        if at is not None and not at.is_cuda and len(at.unique()) < len(at):
+            raise ValueError("`at` names a place twice")
         stack = self.decoder if self.decoder is not None else self.encoder
         assert stack is not None
-        return stack(self.embed(tokens, sequences, segments), sequences, memory, cache)
+        reads = None if at is None else Reads(at, sequences.tokens)
+        return stack(self.embed(tokens, sequences, segments), sequences, memory, cache, reads)
+
+    def scores(
+        self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """The classifier's scores (B, labels) in fp32."""
+        assert self.classifier is not None, "this model has no classifier"
+        states = self.hidden(tokens, sequences, segments, memory, at=self.classifier.reads(sequences))
+        return self.classifier(states, sequences)
 
     def forward(
         self,

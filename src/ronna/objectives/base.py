@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ronna.model.sequences import Sequences
-from ronna.model.transformer import Transformer
+from ronna.model.transformer import Memory, Transformer
 
 
 @dataclass
@@ -126,15 +126,19 @@ def collate(objective: Objective, samples: Sequence[Sample], device: torch.devic
     return replace(batch, counts=objective.counts(batch))
 
 
-def last_states(model: Transformer, batch: Batch) -> Tensor:
-    """The last stack's hidden states (T, C) of a batch, encoder-decoders included."""
-    memory = None
-    if batch.source is not None and batch.source_sequences is not None:
-        memory = model.encode(batch.source, batch.source_sequences)
-    return model.hidden(batch.tokens, batch.sequences, batch.segments, memory)
+def encoded(model: Transformer, batch: Batch) -> Memory | None:
+    """What the encoder of an encoder-decoder makes of the batch's sources."""
+    if batch.source is None or batch.source_sequences is None:
+        return None
+    return model.encode(batch.source, batch.source_sequences)
 
 
-def at_predicted(hidden: Tensor, batch: Batch) -> Tensor:
-    """Hidden states (M, C) of the positions to predict; a view where these are all positions."""
+def last_states(model: Transformer, batch: Batch, at: Tensor | None = None) -> Tensor:
+    """The last stack's hidden states of a batch, (T, C) or (M, C) at the places `at`."""
+    return model.hidden(batch.tokens, batch.sequences, batch.segments, encoded(model, batch), at=at)
+
+
+def predicted_states(model: Transformer, batch: Batch) -> Tensor:
+    """Hidden states (M, C) of the positions to predict, which stand in the order of the tokens."""
     assert batch.predict is not None
-    return hidden if len(batch.predict) == len(hidden) else hidden.index_select(0, batch.predict)
+    return last_states(model, batch, None if len(batch.predict) == len(batch.tokens) else batch.predict)

@@ -8,7 +8,7 @@ import numpy as np
 from ronna.base.config import Config
 from ronna.model.loss import vocabulary_loss
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Sample, at_predicted, last_states
+from ronna.objectives.base import Batch, Loss, Sample, predicted_states
 from ronna.objectives.documents import Piece
 
 
@@ -40,6 +40,6 @@ class CausalLM:
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         assert model.head is not None and batch.labels is not None
-        hidden = at_predicted(last_states(model, batch), batch)
+        hidden = predicted_states(model, batch)
         total, correct = vocabulary_loss(model.head, hidden, batch.labels)
         return Loss({"clm": total}, {} if correct is None else {"clm_accuracy": correct})

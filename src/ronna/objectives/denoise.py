@@ -9,7 +9,7 @@ from pydantic import Field
 from ronna.base.config import Config
 from ronna.model.loss import vocabulary_loss
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Sample, at_predicted, last_states
+from ronna.objectives.base import Batch, Loss, Sample, predicted_states
 from ronna.objectives.documents import Piece
 
 
@@ -63,6 +63,6 @@ class Denoise:
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         assert model.head is not None and batch.labels is not None
-        hidden = at_predicted(last_states(model, batch), batch)
+        hidden = predicted_states(model, batch)
         total, correct = vocabulary_loss(model.head, hidden, batch.labels)
         return Loss({"denoise": total}, {} if correct is None else {"denoise_accuracy": correct})

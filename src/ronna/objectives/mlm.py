@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 
@@ -12,7 +13,7 @@ from ronna.base.config import Config
 from ronna.data.shards import Shards
 from ronna.model.loss import vocabulary_loss
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Sample, at_predicted, last_states
+from ronna.objectives.base import Batch, Loss, Sample, last_states, predicted_states
 from ronna.objectives.documents import Piece
 
 
@@ -129,13 +130,16 @@ class MaskedLM:
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         assert model.head is not None and batch.labels is not None
-        hidden = last_states(model, batch)
-        total, correct = vocabulary_loss(model.head, at_predicted(hidden, batch), batch.labels)
-        stats = {} if correct is None else {"mlm_accuracy": correct}
         if not self.config.nsp:
-            return Loss({"mlm": total}, stats)
-        assert model.classifier is not None and batch.targets is not None
-        scores = model.classifier(hidden, batch.sequences)
+            total, correct = vocabulary_loss(model.head, predicted_states(model, batch), batch.labels)
+            return Loss({"mlm": total}, {} if correct is None else {"mlm_accuracy": correct})
+        assert model.classifier is not None and batch.targets is not None and batch.predict is not None
+        # Special tokens are never predicted, so no place is named twice.
+        states = last_states(model, batch, torch.cat([batch.predict, batch.sequences.starts]))
+        words, firsts = states.split([len(batch.predict), len(batch.sequences)])
+        total, correct = vocabulary_loss(model.head, words, batch.labels)
+        stats = {} if correct is None else {"mlm_accuracy": correct}
+        scores = model.classifier(firsts, batch.sequences)
         nsp = F.cross_entropy(scores, batch.targets, reduction="sum")
         stats["nsp_accuracy"] = (scores.argmax(-1) == batch.targets).sum()
         return Loss({"mlm": total, "nsp": nsp}, stats)

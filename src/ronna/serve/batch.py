@@ -62,8 +62,9 @@ class Batch:
         else:
             sequences = Sequences(self.lengths, device=self.model.device)
             fed = self.tokens[self.tokens >= 0]
-        hidden = self.model.hidden(fed, sequences, memory=self.memory, cache=self.cache)
-        return self.model.head(hidden[sequences.last]).float()
+        at = None if sequences.tokens == len(self) else sequences.last
+        hidden = self.model.hidden(fed, sequences, memory=self.memory, cache=self.cache, at=at)
+        return self.model.head(hidden).float()
 
     def append(self, tokens: Tensor) -> None:
         """One more token (B,) for each sequence."""

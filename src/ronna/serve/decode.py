@@ -276,8 +276,10 @@ def _window_nats(model: Transformer, windows: list[_Window]) -> float:
     assert model.head is not None
     device = model.device
     sequences = Sequences.of([len(window.inputs) for window in windows], device)
-    hidden = model.hidden(torch.tensor([token for w in windows for token in w.inputs], device=device), sequences)
+    tokens = torch.tensor([token for w in windows for token in w.inputs], device=device)
     labels = torch.tensor([token for w in windows for token in w.labels], device=device)
     predicted = torch.tensor([len(w.inputs) - i <= len(w.labels) for w in windows for i in range(len(w.inputs))])
-    nats, _ = vocabulary_loss(model.head, hidden[predicted.to(device)], labels)
+    at = predicted.nonzero()[:, 0].to(device)
+    hidden = model.hidden(tokens, sequences, at=None if len(at) == len(tokens) else at)
+    nats, _ = vocabulary_loss(model.head, hidden, labels)
     return float(nats)

@@ -19,7 +19,7 @@ from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow, BadRows
 from ronna.data.sources import Record
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Sample, collate, last_states
+from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
@@ -192,8 +192,7 @@ class Classify:
 
     def scores(self, model: Transformer, batch: Batch) -> Tensor:
         """(B, K) in fp32."""
-        assert model.classifier is not None
-        return model.classifier(last_states(model, batch), batch.sequences)
+        return model.scores(batch.tokens, batch.sequences, batch.segments, encoded(model, batch))
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         assert batch.targets is not None
