@@ -135,15 +135,15 @@ MUTANTS = [
     Mutant(
         "optimizer state forgotten at resume",
         "run.py",
-        "            load_optimizer_tensors(optimizers, parts.model.named_parameters(), tensors)\n",
+        "            load_optimizer_tensors(optimizers, named(), tensors)\n",
         "",
         "tests/test_resume.py::test_resuming_at_every_step_gives_the_same_weights[clm]",
     ),
     Mutant(
         "stale embedding rows",
         "train/rows.py",
-        "self.buffer[self.rows] = 0.0",
-        "self.buffer[self.rows] *= 1.0",
+        "self.buffer[rows] = 0.0",
+        "self.buffer[rows] *= 1.0",
         "tests/train/test_rows.py::test_training_is_the_same[adamw]",
     ),
     Mutant(

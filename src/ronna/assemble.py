@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ronna.base.errors import RonnaError
 from ronna.base.hub import local_folder
@@ -61,6 +62,7 @@ class Parts:
     test: Callable[[Transformer], dict[str, Scores]] = field(default=lambda model: {})
     labels: list[str] | None = None
     problem_type: str | None = None
+    used: Tensor | None = None  # the token ids in `data`, in order; None: not counted
 
 
 # Pre-training
@@ -246,6 +248,7 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     saved = tokenizer.with_max_length(length)
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type = labels, PROBLEM_TYPES[found]
+    parts.used = torch.from_numpy(np.unique(np.concatenate([e.tokens for e in examples["train"]])).astype(np.int64))
     held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
     parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
     parts.test = lambda best: {n: task.measure(e, task.infer(best, e)) for n, e in held.items()}

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ronna.assemble import Parts, assemble_finetune, assemble_pretrain
 from ronna.base.config import dump_toml
@@ -33,6 +35,7 @@ from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
 from ronna.train.feed import Feed, length_plan, row_plan
 from ronna.train.loop import Interrupted, Progress, Run
 from ronna.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import lr_scale
 
 AnyRun = PretrainRun | FinetuneRun
@@ -80,10 +83,15 @@ class Training:
         refuse_failed(self.check())
         if wants_compile(run.train.compile, self.device):
             compile_blocks(parts.model)
-        optimizers = build_optimizer(run.optim, parts.model.named_parameters())
+        rows = EmbeddingRows(parts.model, parts.used)
+
+        def named() -> Iterator[tuple[str, Parameter]]:
+            return rows.named_parameters(parts.model.named_parameters())
+
+        optimizers = build_optimizer(run.optim, named())
         if self.checkpoint is not None:
             tensors = self.checkpoint.tensors("optimizer")
-            load_optimizer_tensors(optimizers, parts.model.named_parameters(), tensors)
+            load_optimizer_tensors(optimizers, named(), tensors)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
         track = run.track
@@ -102,7 +110,7 @@ class Training:
             def save(now: Progress) -> None:
                 saver.save(
                     now.step,
-                    tensors={"optimizer": optimizer_tensors(optimizers, parts.model.named_parameters())},
+                    tensors={"optimizer": optimizer_tensors(optimizers, named())},
                     model=parts.model.state_dict(),
                     write_model=self.write_model,
                     state=now.to_json(),
@@ -111,7 +119,7 @@ class Training:
             loop = Run(
                 parts.model, parts.objective, self.feed, optimizers, run.schedule, run.train, self.total_steps,
                 run.seed, tracker, progress, parts.evaluate, save,
-                self.keep_best if isinstance(run, FinetuneRun) else None, saved_step=progress.step,
+                self.keep_best if isinstance(run, FinetuneRun) else None, saved_step=progress.step, rows=rows,
             )  # fmt: skip
             if self.heap is not None:
                 loop.hooks.append(self.heap)

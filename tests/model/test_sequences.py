@@ -3,11 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ronna.model.sequences import Sequences, computed_rows
+from ronna.model.sequences import Sequences, computed_rows, few_sizes
 
 CPU = torch.device("cpu")
 
-lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12)
+lengths = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 40)), min_size=1, max_size=20)
 
 
 @given(lengths)
@@ -16,19 +16,30 @@ def test_views_hold_every_token_once_and_give_it_back(some):
     x = torch.arange(1, sequences.tokens + 1)[:, None]
     for view in (sequences.padded, sequences.packed):
         spread = view.spread(x)
-        assert spread.shape == (view.rows, view.columns, 1) and view.columns == max(some)
+        assert spread.shape == (view.rows, view.columns, 1)
         assert torch.equal(view.gather(spread), x)
         filled = spread[..., 0] > 0
         assert torch.equal(filled, view.sequence >= 0)
         owners = view.sequence[filled]
         assert torch.equal(owners.sort().values, sequences.owner.sort().values)
-    assert sequences.packed.rows <= sequences.padded.rows == len(some)
+    assert sequences.padded.rows == len(some) and sequences.padded.columns == max(some)
+
+
+@given(lengths)
+def test_packed_views_have_few_shapes(some):
+    view = Sequences.of(some).packed
+    if len(set(some)) == 1:
+        assert (view.rows, view.columns) == (len(some), some[0])
+    else:
+        assert max(some) <= view.columns <= max(some) + 7 and view.columns % 8 == 0
+        assert view.rows <= len(some) * 9 / 8
+    assert len({few_sizes(n, 1) for n in range(64, 1025)}) == 33
 
 
 @given(lengths)
 def test_packed_rows_hold_whole_sequences_in_order(some):
     view = Sequences.of(some).packed
-    rows = [sorted(set(row[row >= 0].tolist())) for row in view.sequence]
+    rows = [sorted(set(row[row >= 0].tolist())) for row in view.sequence if row.max() >= 0]
     assert [i for row in rows for i in row] == list(range(len(some)))
     assert view.single == all(len(row) == 1 for row in rows)
 

@@ -191,4 +191,7 @@ def rms(p: Tensor) -> float:
 
 
 def has_gradient(p: Tensor) -> bool:
-    return p.grad is not None and math.isfinite(float(p.grad.abs().max())) and bool(p.grad.any())
+    if p.grad is None:
+        return False
+    gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+    return math.isfinite(float(gradient.abs().max())) and bool(gradient.any())

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,7 +19,7 @@ from ronna.base.errors import RonnaError
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Totals
 from ronna.train.optim import clip_gradients
-from ronna.train.rows import RowGradients
+from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import Schedule, lr_scale, set_lr
 
 
@@ -168,9 +168,7 @@ class Run:
     improved: Callable[[], None] | None = None
     hooks: list[Callable[[int], None]] = field(default_factory=list)
     saved_step: int = -1
-
-    def __post_init__(self) -> None:
-        self.rows = RowGradients(self.model)
+    rows: EmbeddingRows | None = None
 
     def train(self) -> Progress:
         """Train to the end, early stop or interruption.
@@ -206,19 +204,19 @@ class Run:
         p = self.progress
         batches = self.feed(p.step)
         totals = gradients(self.model, self.objective, batches, seed_for(self.seed, p.step))
-        self.rows.merge()
+        if self.rows is not None:
+            self.rows.merge()
         norm = clip_gradients(self.model.parameters(), self.config.clip)
         if sum(totals.counts.values()) == 0 or not math.isfinite(float(norm)):
             self.skip(norm)
         else:
             p.skipped_in_a_row = 0
             set_lr(self.optimizers, lr_scale(self.schedule, p.step, self.total_steps))
-            self.rows.fill()
-            for optimizer in self.optimizers:
-                optimizer.step()
+            with self.rows.dense() if self.rows is not None else nullcontext():
+                for optimizer in self.optimizers:
+                    optimizer.step()
             for hook in self.hooks:
                 hook(p.step)
-            self.rows.clear()
             tokens = sum(b.real_tokens for b in batches)
             window.totals.add(totals.sums, totals.counts)
             window.tokens += tokens
