@@ -81,21 +81,22 @@ class CheapDropout(torch.autograd.Function):
         bound = round(rate * 2**16)
         seed = int(torch.empty((), dtype=torch.int64).random_())
         words = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
-        dropped = (torch.from_numpy(words)[: x.numel()] < bound - 2**15).view(x.shape)
-        ctx.save_for_backward(dropped)
+        drawn = words[: x.numel()] >= bound - 2**15
+        kept = torch.from_numpy(drawn.view(np.int8)).view(x.shape).neg_()
+        ctx.save_for_backward(kept)
         ctx.scale = 2**16 / (2**16 - bound)
-        return without(x, dropped).mul_(ctx.scale)
+        return where_kept(x, kept).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (dropped,) = ctx.saved_tensors
-        return without(gradient, dropped).mul_(ctx.scale), None
+        (kept,) = ctx.saved_tensors
+        return where_kept(gradient, kept).mul_(ctx.scale), None
 
 
-def without(x: Tensor, dropped: Tensor) -> Tensor:
-    """x with zeros where `dropped` (bool): its bits and a mask of ones, since x * bool converts element by element."""
+def where_kept(x: Tensor, kept: Tensor) -> Tensor:
+    """x where `kept` (int8) is -1, zeros where it is 0: a mask of bits, since x * bool converts element by element."""
     bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-    return dropped.to(bits.dtype).sub_(1).bitwise_and_(bits).view(x.dtype)
+    return kept.to(bits.dtype).bitwise_and_(bits).view(x.dtype)
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -161,12 +161,8 @@ class FirstStep:
         self.before = self.fingerprints()
         self.done = False
 
-    def fingerprints(self) -> dict[str, tuple[float, float]]:
-        return {
-            n: (float(p.detach().double().sum()), float(p.detach().double().square().sum()))
-            for n, p in self.model.named_parameters()
-            if p.requires_grad
-        }
+    def fingerprints(self) -> dict[str, int]:
+        return {n: bits(p) for n, p in self.model.named_parameters() if p.requires_grad}
 
     def __call__(self, step: int) -> None:
         if self.done:
@@ -186,12 +182,20 @@ class FirstStep:
         )
 
 
+def bits(p: Tensor) -> int:
+    """Sum of a tensor's bits, eight bytes at a time: as fast as memory, and another one for nearly any change."""
+    flat = p.detach().reshape(-1).view(torch.uint8)
+    whole = len(flat) // 8 * 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
+
+
 def rms(p: Tensor) -> float:
-    return float(p.detach().float().square().mean().sqrt())
+    return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) / max(1, p.numel()) ** 0.5
 
 
 def has_gradient(p: Tensor) -> bool:
     if p.grad is None:
         return False
     gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-    return math.isfinite(float(gradient.abs().max())) and bool(gradient.any())
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+    return math.isfinite(norm) and norm > 0
