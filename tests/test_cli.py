@@ -137,6 +137,7 @@ WRONG = {
     "negative": (["--lr", "-1"], ["optim.lr"]),
     "no such file": (["--train", "missing.jsonl"], ["missing.jsonl"]),
     "no such column": (["--text", "texts"], ["texts", "text"]),
+    "pooling that a BERT folder cannot say": (["--set", "task.pool=mean"], ["bert folders cannot", "classifier.pool"]),
     "no such device": (["--device", "gpu7"], ["gpu7", "cpu"]),
 }
 

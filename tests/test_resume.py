@@ -1,6 +1,7 @@
 """A run may be cut at any step, or killed at any moment, and end in the same bits."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ronna.base.errors import RonnaError
 from ronna.run import Interrupted, Training, prepare_run
-from ronna.runfile import PrepareRun, PretrainRun, TokenizerRun
+from ronna.runfile import FinetuneRun, PrepareRun, PretrainRun, TokenizerRun
 from ronna.text.training import TokenizerConfig
 from ronna.verbs.prepare import prepare, train_tokenizer_run
 
@@ -159,3 +161,35 @@ def test_kill_9_at_random_moments_loses_nothing(shards, tmp_path):
 def newest(out: Path) -> int:
     steps = [int(p.name.removeprefix("step-")) for p in (out / "checkpoints").glob("step-????????")]
     return max(steps, default=0)
+
+
+def tuning(model: Path, out: Path) -> FinetuneRun:
+    rng = random.Random(1)
+    train = out.parent / "train.jsonl"
+    rows = [
+        {"text": " ".join(rng.choices("the film was good bad".split(), k=5 + i % 3)), "label": i % 2} for i in range(40)
+    ]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return FinetuneRun.model_validate(
+        {
+            "out": str(out),
+            "device": "cpu",
+            "model": {"name": str(model), "dropout": 0.1},
+            "data": {"train": str(train)},
+            "train": {"steps": STEPS, "batch": 8, "micro_batch": 5, "length": 32, "evaluate_every": 2},
+        }
+    )
+
+
+def test_fine_tuning_resumes_with_the_same_weights_and_leaves_unused_rows_alone(tiny_bert, tmp_path):
+    whole = prepare_run(tuning(tiny_bert, tmp_path / "whole"))
+    used = set(whole.parts.used.tolist())
+    assert 5 < len(used) < 0.5 * whole.parts.model.cfg.embedding.vocab
+    whole.execute()
+    tables = [load_file(folder / "model.safetensors") for folder in (tiny_bert, tmp_path / "whole" / "model")]
+    before, after = (next(t for n, t in table.items() if "word_embeddings" in n) for table in tables)
+    assert {i for i in range(len(before)) if not torch.equal(before[i], after[i])} == used
+    for k in range(1, STEPS):
+        cut_at(prepare_run(tuning(tiny_bert, tmp_path / str(k))), k)
+        prepare_run(tuning(tiny_bert, tmp_path / str(k)), resume=True).execute()
+        assert digest(tmp_path / str(k)) == digest(tmp_path / "whole"), f"cut at step {k}"

@@ -19,7 +19,7 @@ from ronna.data.shards import Shards
 from ronna.data.sources import find_splits, read_records, resolve
 from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, preset, read_config, with_dropout
-from ronna.model.folder import load_folder
+from ronna.model.folder import load_folder, refuse_untrue
 from ronna.model.init import build
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Objective, Totals, collate
@@ -331,6 +331,10 @@ def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, l
     """The folder's model with a classifier of the right size, or the same architecture with new weights."""
     refuse_settings(run.model)
     classifier = classifier_for(family, cfg, labels)
+    if run.task.pool != "auto":
+        classifier = replace(classifier, pool=run.task.pool)
+        pooled = replace(cfg, head=None, classifier=classifier)
+        refuse_untrue(family, pooled, family.to_hf(pooled))  # before the training, not after it
     if run.model.scratch:
         return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), family, run.model)
     loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)

@@ -157,6 +157,15 @@ def test_dropout_returns_to_where_the_family_has_it(family: Family) -> None:
     assert replace(family.from_hf(family.to_hf(given)), head=given.head) == given
 
 
+def test_a_modernbert_folder_says_how_a_classifier_of_it_pools() -> None:
+    for name, pool in (("cls", "first"), ("mean", "mean")):
+        family, model = preset("modernbert-base", classifier_pooling=name)
+        assert classifier_for(family, model, 2).pool == pool
+        config = family.to_hf(model)
+        assert config["classifier_pooling"] == name and family.from_hf(config) == model
+        assert hf.AutoConfig.for_model(**config).classifier_pooling == name
+
+
 def test_roberta_drops_before_its_classifiers_dense_layer_too() -> None:
     for name, before in (("roberta-base", 0.1), ("bert-base", 0.0)):
         family, model = preset(name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"]
+Pool = Literal["first", "last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class Classifier:
     """One vector per sequence, pooled from the last hidden states, to `labels` scores."""
 
     labels: int
-    pool: Literal["first", "last", "mean"] = "first"
+    pool: Pool = "first"
     dense: Activation | None = None  # a square layer with this activation before the scores
     dense_bias: bool = True
     norm: Norm | None = None  # after the dense layer
@@ -273,6 +274,7 @@ class Model:
     classifier: Classifier | None = None
     init: Init = Init()
     context: int | None = None  # the length it is made for, where no table of positions sets one
+    pool: Pool | None = None  # of a classifier that it may get; None: as its family does it
 
     @property
     def last(self) -> Stack:

@@ -288,7 +288,7 @@ def refuse_untrue(family: Family, cfg: c.Model, config: dict[str, Any]) -> None:
 
 def computation(cfg: c.Model) -> c.Model:
     """The model without what makes no difference to its outputs."""
-    return replace(c.without_dropout(cfg), init=c.Init(), context=None)
+    return replace(c.without_dropout(cfg), init=c.Init(), context=None, pool=None)
 
 
 def difference(a: Any, b: Any, path: str) -> str | None:

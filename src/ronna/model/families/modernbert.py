@@ -84,7 +84,7 @@ def classifier(model: c.Model, labels: int) -> c.Classifier:
     transform = model.head.transform if model.head else None
     norm = transform.norm if transform else only(model.encoder).final_norm
     act, bias = (transform.act, transform.bias) if transform else ("gelu", False)
-    return c.Classifier(labels, "first", act, dense_bias=bias, norm=norm)
+    return c.Classifier(labels, model.pool or "first", act, dense_bias=bias, norm=norm)
 
 
 def from_hf(config: Mapping[str, Any]) -> c.Model:
@@ -114,12 +114,11 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
         encoder=c.Stack(blocks, causal=False, final_norm=norm),
         init=c.Init("residual", h.initializer_range),
         context=h.max_position_embeddings,
+        pool="mean" if h.classifier_pooling == "mean" else None,
     )
     if h.labels is None:
         return model
-    pool: Literal["first", "mean"] = "first" if h.classifier_pooling == "cls" else "mean"
-    scores = replace(classifier(model, h.labels), pool=pool, dropout=h.classifier_dropout)
-    return replace(model, classifier=scores)
+    return replace(model, classifier=replace(classifier(model, h.labels), dropout=h.classifier_dropout))
 
 
 def attention_keys(stack: c.Stack) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
         "mlp_bias": block.ffn.bias,
         "mlp_dropout": block.ffn.dropout,
         "decoder_bias": head.bias if head else True,
-        "classifier_pooling": "mean" if scores and scores.pool == "mean" else "cls",
+        "classifier_pooling": "mean" if (scores.pool if scores else model.pool) == "mean" else "cls",
         "classifier_dropout": scores.dropout if scores else 0.0,
         "classifier_bias": bias,
         "classifier_activation": hub_activation(act or "gelu"),
@@ -209,23 +208,28 @@ def duplicates(model: c.Model) -> dict[str, str]:
     return {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.head and model.head.tied else {}
 
 
+MEAN = {"classifier_pooling": "mean"}  # as the published sizes have it: masked words alone teach [CLS] nothing
+
 PRESETS = {
-    "modernbert-tiny": {
+    "modernbert-tiny": MEAN
+    | {
         "num_hidden_layers": 4,
         "hidden_size": 128,
         "intermediate_size": 192,
         "num_attention_heads": 2,
         "max_position_embeddings": 1024,
     },
-    "modernbert-mini": {
+    "modernbert-mini": MEAN
+    | {
         "num_hidden_layers": 4,
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_attention_heads": 4,
         "max_position_embeddings": 1024,
     },
-    "modernbert-base": {},
-    "modernbert-large": {
+    "modernbert-base": MEAN,
+    "modernbert-large": MEAN
+    | {
         "num_hidden_layers": 28,
         "hidden_size": 1024,
         "intermediate_size": 2624,
