@@ -147,6 +147,20 @@ MUTANTS = [
         "tests/train/test_rows.py::test_training_is_the_same[adamw]",
     ),
     Mutant(
+        "rows not in use are decayed",
+        "train/rows.py",
+        "self.trained = Parameter(self.table.detach()[used])",
+        "self.used, self.trained = None, self.table",
+        "tests/train/test_rows.py::test_rows_in_use_are_trained_as_in_the_whole_table_and_the_others_stay[adamw]",
+    ),
+    Mutant(
+        "state read from the wrong place",
+        "model/sequences.py",
+        "return empty.index_copy(0, self.index, x[: len(self.index)])",
+        "return empty.index_copy(0, self.index.sort().values, x[: len(self.index)])",
+        "tests/parity/test_reads.py::test_states_read_are_those_of_the_whole[bert-firsts, out of order]",
+    ),
+    Mutant(
         "non-finite step taken",
         "train/loop.py",
         "not math.isfinite(float(norm))",

@@ -81,8 +81,8 @@ class CheapDropout(torch.autograd.Function):
         bound = round(rate * 2**16)
         seed = int(torch.empty((), dtype=torch.int64).random_())
         words = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
-        drawn = words[: x.numel()] >= bound - 2**15
-        kept = torch.from_numpy(drawn.view(np.int8)).view(x.shape).neg_()
+        dropped = (words[: x.numel()] < bound - 2**15).view(np.int8)
+        kept = torch.from_numpy(np.subtract(dropped, 1, out=dropped)).view(x.shape)
         ctx.save_for_backward(kept)
         ctx.scale = 2**16 / (2**16 - bound)
         return where_kept(x, kept).mul_(ctx.scale)

@@ -208,7 +208,9 @@ def duplicates(model: c.Model) -> dict[str, str]:
     return {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.head and model.head.tied else {}
 
 
-MEAN = {"classifier_pooling": "mean"}  # as the published sizes have it: masked words alone teach [CLS] nothing
+MEAN: dict[str, Any] = {
+    "classifier_pooling": "mean"
+}  # as the published sizes have it: masked words alone teach [CLS] nothing
 
 PRESETS = {
     "modernbert-tiny": MEAN
