@@ -19,6 +19,7 @@ from ronna.base.errors import RonnaError
 from ronna.run import Interrupted, Training, prepare_run
 from ronna.runfile import FinetuneRun, PrepareRun, PretrainRun, TokenizerRun
 from ronna.text.training import TokenizerConfig
+from ronna.verbs.evaluate import load
 from ronna.verbs.prepare import prepare, train_tokenizer_run
 
 STEPS = 6
@@ -193,3 +194,14 @@ def test_fine_tuning_resumes_with_the_same_weights_and_leaves_unused_rows_alone(
         cut_at(prepare_run(tuning(tiny_bert, tmp_path / str(k))), k)
         prepare_run(tuning(tiny_bert, tmp_path / str(k)), resume=True).execute()
         assert digest(tmp_path / str(k)) == digest(tmp_path / "whole"), f"cut at step {k}"
+
+
+def test_what_is_tested_at_the_end_is_what_the_folder_gives(tiny_bert, tmp_path):
+    run = tuning(tiny_bert, tmp_path / "run")
+    training = prepare_run(run.model_copy(update={"train": run.train.model_copy(update={"precision": "bf16"})}))
+    tested = []
+    training.parts.test = lambda model: tested.append(model.state_dict()) or {}
+    training.execute()
+    given = load(str(tmp_path / "run" / "model"), precision="bf16").model.state_dict()
+    [found] = tested
+    assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)

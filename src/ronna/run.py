@@ -169,11 +169,12 @@ class Training:
         if progress.best is None or isinstance(self.run, PretrainRun):
             self.keep_best()
         cfg = self.parts.model.cfg
-        best = self.parts.model
-        if isinstance(self.run, FinetuneRun) and progress.best_step != progress.step:
+        best, dtype = self.parts.model, self.parts.model.compute
+        if isinstance(self.run, FinetuneRun):  # the folder, in the precision in which `evaluate` will read it
             best = load_folder(self.out / "model", head=cfg.head is not None, classifier=cfg.classifier).model
-        best.compute = self.parts.model.compute
-        scores = self.parts.test(best.to(self.device))
+            best = best.to(self.device, dtype)
+        best.compute = dtype
+        scores = self.parts.test(best)
         for name, measured in scores.items():
             say(f"{name}:\n{measured.text()}")
         kinds = (
