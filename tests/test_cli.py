@@ -137,7 +137,10 @@ WRONG = {
     "negative": (["--lr", "-1"], ["optim.lr"]),
     "no such file": (["--train", "missing.jsonl"], ["missing.jsonl"]),
     "no such column": (["--text", "texts"], ["texts", "text"]),
-    "pooling that a BERT folder cannot say": (["--set", "task.pool=mean"], ["bert folders cannot", "classifier.pool"]),
+    "pooling that a BERT folder cannot say": (
+        ["--set", "task.pool=mean"],
+        ["task.pool", "bert folders cannot", "modernbert"],
+    ),
     "no such device": (["--device", "gpu7"], ["gpu7", "cpu"]),
 }
 

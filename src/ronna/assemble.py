@@ -334,7 +334,11 @@ def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, l
     if run.task.pool != "auto":
         classifier = replace(classifier, pool=run.task.pool)
         pooled = replace(cfg, head=None, classifier=classifier)
-        refuse_untrue(family, pooled, family.to_hf(pooled))  # before the training, not after it
+        try:  # before the training, not after it
+            refuse_untrue(family, pooled, family.to_hf(pooled))
+        except RonnaError as error:
+            fix = "leave it at auto; modernbert folders can say first or mean"
+            raise RonnaError(error.what, where="task.pool", fix=fix) from None
     if run.model.scratch:
         return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), family, run.model)
     loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)
