@@ -12,8 +12,8 @@ from .cases import Case, Texts, flat, texts
 from .conftest import Pair
 
 LENGTHS, SOURCES = (24, 17, 28), (13, 20, 32)
-# Seventy of ninety and more than linear maps round up from; one of each sequence; nothing at all.
-PLACES = {"many": list(range(1, 68)), "firsts, out of order": [41, 0, 24], "none": []}
+# So many that linear maps compute a few rows more; one of each sequence; nothing; everything, backwards.
+PLACES = {"many": list(range(1, 68)), "firsts, out of order": [41, 0, 24], "none": [], "all": list(range(69))[::-1]}
 
 
 def states(case: Case, model: Transformer, batch: Texts, at: Tensor | None = None) -> Tensor:

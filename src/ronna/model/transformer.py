@@ -243,8 +243,9 @@ class Transformer(nn.Module):
             raise ValueError("`at` names a place twice")
         stack = self.decoder if self.decoder is not None else self.encoder
         assert stack is not None
-        reads = None if at is None else Reads(at, sequences.tokens)
-        return stack(self.embed(tokens, sequences, segments), sequences, memory, cache, reads)
+        reads = None if at is None or len(at) == sequences.tokens else Reads(at, sequences.tokens)
+        states = stack(self.embed(tokens, sequences, segments), sequences, memory, cache, reads)
+        return states if at is None or reads is not None else states.index_select(0, at)
 
     def scores(
         self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None, memory: Memory | None = None

@@ -139,6 +139,6 @@ def last_states(model: Transformer, batch: Batch, at: Tensor | None = None) -> T
 
 
 def predicted_states(model: Transformer, batch: Batch) -> Tensor:
-    """Hidden states (M, C) of the positions to predict, which stand in the order of the tokens."""
+    """Hidden states (M, C) of the positions to predict."""
     assert batch.predict is not None
-    return last_states(model, batch, None if len(batch.predict) == len(batch.tokens) else batch.predict)
+    return last_states(model, batch, batch.predict)

@@ -62,8 +62,7 @@ class Batch:
         else:
             sequences = Sequences(self.lengths, device=self.model.device)
             fed = self.tokens[self.tokens >= 0]
-        at = None if sequences.tokens == len(self) else sequences.last
-        hidden = self.model.hidden(fed, sequences, memory=self.memory, cache=self.cache, at=at)
+        hidden = self.model.hidden(fed, sequences, memory=self.memory, cache=self.cache, at=sequences.last)
         return self.model.head(hidden).float()
 
     def append(self, tokens: Tensor) -> None:

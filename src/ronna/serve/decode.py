@@ -279,7 +279,6 @@ def _window_nats(model: Transformer, windows: list[_Window]) -> float:
     tokens = torch.tensor([token for w in windows for token in w.inputs], device=device)
     labels = torch.tensor([token for w in windows for token in w.labels], device=device)
     predicted = torch.tensor([len(w.inputs) - i <= len(w.labels) for w in windows for i in range(len(w.inputs))])
-    at = predicted.nonzero()[:, 0].to(device)
-    hidden = model.hidden(tokens, sequences, at=None if len(at) == len(tokens) else at)
+    hidden = model.hidden(tokens, sequences, at=predicted.nonzero()[:, 0].to(device))
     nats, _ = vocabulary_loss(model.head, hidden, labels)
     return float(nats)

@@ -37,9 +37,7 @@ PROBLEM_TYPES: dict[Problem, str] = {
 class ClassifyConfig(Config):
     kind: Literal["classify"] = "classify"
     problem: Literal["auto", "single", "multi", "regression"] = "auto"
-    pool: Literal["auto", "first", "last", "mean"] = (
-        "auto"  # the states that scores are made of; auto: as the folder says
-    )
+    pool: Literal["auto", "first", "last", "mean"] = "auto"  # the states to score; auto: as the folder says
     truncation: Literal["cut", "refuse"] = "cut"  # of texts longer than train.length; what is cut is counted
     threshold: float = 0.5  # probability above which a label of a multi-label problem is given
     class_weights: Literal["none", "balanced"] = "none"  # balanced: rare classes weigh more in the loss

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -168,9 +168,10 @@ class Run:
     improved: Callable[[], None] | None = None
     hooks: list[Callable[[int], None]] = field(default_factory=list)
     saved_step: int = -1
-    rows: EmbeddingRows | None = None
+    rows: EmbeddingRows | None = None  # what the optimizers train of the token table; None: all of it
 
     def __post_init__(self) -> None:
+        self.embedding = self.rows or EmbeddingRows(self.model)
         self.parameters = list(self.model.parameters())  # to walk the modules at every step takes half a millisecond
 
     def train(self) -> Progress:
@@ -207,15 +208,14 @@ class Run:
         p = self.progress
         batches = self.feed(p.step)
         totals = gradients(self.model, self.objective, batches, seed_for(self.seed, p.step))
-        if self.rows is not None:
-            self.rows.merge()
+        self.embedding.merge()
         norm = clip_gradients(self.parameters, self.config.clip)
         if sum(totals.counts.values()) == 0 or not math.isfinite(float(norm)):
             self.skip(norm)
         else:
             p.skipped_in_a_row = 0
             set_lr(self.optimizers, lr_scale(self.schedule, p.step, self.total_steps))
-            with self.rows.dense() if self.rows is not None else nullcontext():
+            with self.embedding.dense():
                 for optimizer in self.optimizers:
                     optimizer.step()
             for hook in self.hooks:

@@ -1,7 +1,7 @@
 """The token embedding trained by rows: those a step looked up, and those the data has at all.
 
-A table of 30,522 x 384 is half of a small encoder, and a data set to fine-tune it on has a fifth of the words. On a
-CPU a new table of zeros for the gradient cost 13 ms a step, and the optimizer's walk over the whole table 6.
+A table of 30,522 x 384 is half of a small encoder, and a data set to fine-tune it on has a fifth or two of its words.
+On a CPU a new table of zeros for the gradient cost 13 ms a step, and the optimizer's walk over the whole table 6.
 """
 
 from collections.abc import Iterable, Iterator
