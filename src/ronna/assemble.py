@@ -13,13 +13,12 @@ from torch import Tensor
 from ronna.base.errors import RonnaError
 from ronna.base.hub import local_folder
 from ronna.base.track import say
-from ronna.data.badrows import BadRows
 from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
-from ronna.data.sources import find_splits, read_records, resolve
+from ronna.labelled import read_splits, resolve_splits
 from ronna.model.config import Classifier, Model
-from ronna.model.families import Family, classifier_for, preset, read_config, with_dropout
-from ronna.model.folder import load_folder, refuse_untrue
+from ronna.model.families import Family, preset, read_config, with_dropout
+from ronna.model.folder import load_folder
 from ronna.model.init import build
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Objective, Totals, collate
@@ -27,18 +26,10 @@ from ronna.objectives.clm import CausalLM, CLMConfig
 from ronna.objectives.denoise import Denoise
 from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
-from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun, RecordsConfig
-from ronna.tasks.classify import (
-    PROBLEM_TYPES,
-    Classify,
-    Example,
-    Row,
-    collect_labels,
-    detect_problem,
-    read_rows,
-)
+from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun
+from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
-from ronna.tasks.schema import find_columns, overlap, peek
+from ronna.tasks.registry import TASKS
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.train.loop import Evaluation
 
@@ -62,6 +53,7 @@ class Parts:
     test: Callable[[Transformer], dict[str, Scores]] = field(default=lambda model: {})
     labels: list[str] | None = None
     problem_type: str | None = None
+    folder_keys: dict[str, Any] = field(default_factory=dict)  # for config.json
     used: Tensor | None = None  # the token ids in `data`, in order; None: not counted
 
 
@@ -222,40 +214,35 @@ def set_dropout(model: Transformer, family: Family, config: ModelConfig) -> Tran
 def assemble_finetune(run: FinetuneRun) -> Parts:
     folder = local_folder(run.model.name)
     family, cfg = read_config(folder)  # a mistyped folder should not wait for the data to be read
-    splits = resolve_splits(run.data)
-    rows, account = read_splits(splits, run)
-    problem = run.task.problem
-    labels_seen = [r.label for r in rows["train"]]
-    found = detect_problem(labels_seen) if problem == "auto" else problem
-    labels = collect_labels(labels_seen, found)
+    kind, splits = TASKS[run.task.kind], resolve_splits(run.data)
+    rows, account = read_splits(kind, splits, run.data, Path(run.out))
     tokenizer = load_tokenizer(folder)
-    model = finetune_model(run, folder, family, cfg, len(labels))
-    limit = model.cfg.max_length
-    length = run.train.length if limit is None else min(run.train.length, limit)
-    task = Classify(run.task, tokenizer, found, labels, length)
-    say(f"task: {found} classification, {len(labels)} labels" if found != "regression" else "task: regression")
-    examples: dict[str, list[Example]] = {}
+    length = run.train.length if cfg.max_length is None else min(run.train.length, cfg.max_length)
+    task = kind.learn(run.task, rows["train"], tokenizer, length)
+    say(f"task: {task.title}")
+    model = finetune_model(run, folder, family, cfg, task.classifier(family, cfg))
+    examples: dict[str, list[Any]] = {}
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
         examples[name] = task.encode(some, account)
-    task = task.weighed(examples["train"])
     hashes = {
         "data": hash_files([p for paths in splits.values() for p in paths]),
         "tokenizer": tokenizer.hash,
     }
-    lengths = np.array([len(e.tokens) for e in examples["train"]])
+    tokens = [[s.tokens for s in task.samples(e, sample_rng(0, 0))] for e in examples["train"]]
+    lengths = np.array([sum(map(len, some)) for some in tokens])
     # The folder will tell whoever loads it to cut texts where training cut them.
     saved = tokenizer.with_max_length(length)
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
-    parts.labels, parts.problem_type = labels, PROBLEM_TYPES[found]
-    parts.used = torch.from_numpy(np.unique(np.concatenate([e.tokens for e in examples["train"]])).astype(np.int64))
+    parts.labels, parts.problem_type, parts.folder_keys = task.labels, task.problem_type, task.folder_keys
+    parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))
     held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
     parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
     parts.test = lambda best: {n: task.measure(e, task.infer(best, e)) for n, e in held.items()}
     return parts
 
 
-def judge(task: Classify, model: Transformer, examples: list[Example]) -> Evaluation:
+def judge(task: Task, model: Transformer, examples: list[Any]) -> Evaluation:
     scores = task.infer(model, examples)
     measured = task.measure(examples, scores)
     values = {n: m.value for n, m in measured.metrics.items() if m.value is not None}
@@ -266,59 +253,6 @@ def judge(task: Classify, model: Transformer, examples: list[Example]) -> Evalua
     return Evaluation(values, task.monitor, higher_is_better=True)
 
 
-def resolve_splits(data: RecordsConfig) -> dict[str, list[Path]]:
-    """Files by split; a folder given as `train` brings its validation and test along."""
-    found: dict[str, list[Path]] = {}
-    if Path(data.train).is_dir():
-        found = find_splits(data.train)
-    else:
-        found["train"] = resolve(data.train)
-    if data.validation:
-        found["validation"] = resolve(data.validation)
-    if data.test:
-        found["test"] = resolve(data.test)
-    if not found.get("train"):
-        raise RonnaError("no training split", where=data.train, fix="name the files train.*, validation.*, test.*")
-    return found
-
-
-def read_splits(splits: dict[str, list[Path]], run: FinetuneRun) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    """Rows of every split, and the account of what happened to them."""
-    data, rows, account = run.data, {}, {}
-    for name, paths in splits.items():
-        quarantine = Path(run.out) / f"quarantine-{name}.jsonl"
-        bad = BadRows(limit=data.max_bad_rows, quarantine_file=quarantine)
-        first, records = peek(read_records(paths, bad=bad))
-        assert first is not None  # an empty file has been refused
-        columns = find_columns(first, text=data.text, pair=data.text_pair, label=data.label)
-        if name == "train":
-            say(f"columns: {columns}")
-        rows[name] = list(read_rows(records, columns, bad))
-        account[name] = bad.summary()
-    if "validation" not in rows:
-        rows["train"], rows["validation"] = hold_out(rows["train"])
-    if data.limit:
-        rows["train"] = rows["train"][: data.limit]
-    for name, some in rows.items():
-        if not some:
-            raise RonnaError(f"the {name} split has no usable row", fix="look at the quarantine file in the out folder")
-    shared = overlap({n: (f"{r.text}\0{r.pair or ''}" for r in some) for n, some in rows.items()})
-    shared = {pair: n for pair, n in shared.items() if pair.startswith("train/")}
-    if shared and not data.allow_overlap:
-        raise RonnaError(
-            "training texts stand in held-out data: " + ", ".join(f"{n} in {pair}" for pair, n in shared.items()),
-            where=data.train,
-            fix="remove them from one side, or accept it with --allow-overlap",
-        )
-    return rows, {**account["train"], "overlap": shared, "splits": account}
-
-
-def hold_out(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Nine tenths and one tenth, by a hash of the text, so that twins stay on one side."""
-    held = [hashlib.blake2b(r.text.encode(), digest_size=2).digest() < b"\x19\x99" for r in rows]
-    return [r for r, h in zip(rows, held, strict=True) if not h], [r for r, h in zip(rows, held, strict=True) if h]
-
-
 def hash_files(paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
@@ -327,18 +261,9 @@ def hash_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, labels: int) -> Transformer:
-    """The folder's model with a classifier of the right size, or the same architecture with new weights."""
+def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, classifier: Classifier) -> Transformer:
+    """The folder's model with this classifier, or the same architecture with new weights."""
     refuse_settings(run.model)
-    classifier = classifier_for(family, cfg, labels)
-    if run.task.pool != "auto":
-        classifier = replace(classifier, pool=run.task.pool)
-        pooled = replace(cfg, head=None, classifier=classifier)
-        try:  # before the training, not after it
-            refuse_untrue(family, pooled, family.to_hf(pooled))
-        except RonnaError as error:
-            fix = "leave it at auto; modernbert folders can say first or mean"
-            raise RonnaError(error.what, where="task.pool", fix=fix) from None
     if run.model.scratch:
         return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), family, run.model)
     loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)

@@ -149,7 +149,7 @@ class Training:
             tensors=tensors,
             labels=parts.labels,
             problem_type=parts.problem_type,
-            extra_config=token_ids(parts.tokenizer),
+            extra_config=token_ids(parts.tokenizer) | parts.folder_keys,
         )
         parts.tokenizer.save(folder)
 

@@ -11,6 +11,7 @@ from ronna.objectives.denoise import DenoiseConfig
 from ronna.objectives.mlm import MLMConfig
 from ronna.serve.sampling import GenerateConfig
 from ronna.tasks.classify import ClassifyConfig
+from ronna.tasks.registry import TaskConfig
 from ronna.text.clean import CleanConfig
 from ronna.text.training import TokenizerConfig
 from ronna.train.loop import TrainConfig
@@ -72,7 +73,7 @@ class FinetuneRun(Config):
     device: str = "auto"
     model: ModelConfig
     data: RecordsConfig
-    task: ClassifyConfig = ClassifyConfig()
+    task: TaskConfig = ClassifyConfig()
     optim: OptimizerConfig = AdamW(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
     schedule: Schedule = Linear(warmup=0.06)
     train: TrainConfig = TrainConfig(epochs=3)

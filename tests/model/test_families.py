@@ -11,7 +11,7 @@ import transformers as hf
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
-from ronna.model.config import without_dropout
+from ronna.model.config import Unit, without_dropout
 from ronna.model.families import (
     FAMILIES,
     Family,
@@ -123,22 +123,24 @@ def settings() -> list[tuple[Family, str, str, Any]]:
 def test_every_setting_counts_and_survives(family: Family, kind: str, key: str, value: Any) -> None:
     """Another value is another model, with the one head or the other, and `to_hf` writes it down."""
     differs = False
-    for classes in ([], ["XForSequenceClassification"]) if family.classifier else ([],):
+    heads = ([], ["XForSequenceClassification"], ["XForTokenClassification"]) if family.classifier else ([],)
+    for classes in heads:
         base = {"model_type": kind, "architectures": classes}
-        heads: dict[str, Any] = {"head": None} if classes else {}
-        changed = replace(family.from_hf(base | {key: value}), **heads)
-        assert replace(family.from_hf(family.to_hf(changed)), **heads) == changed
-        differs |= changed != replace(family.from_hf(base), **heads)
+        without: dict[str, Any] = {"head": None} if classes else {}
+        changed = replace(family.from_hf(base | {key: value}), **without)
+        assert replace(family.from_hf(family.to_hf(changed)), **without) == changed
+        differs |= changed != replace(family.from_hf(base), **without)
     assert differs
 
 
+@pytest.mark.parametrize("of", ["sequence", "tokens"])
 @pytest.mark.parametrize("name", [n for f in FAMILIES if f.classifier for n in list(f.presets)[:1]])
-def test_classifiers_survive_it_too(name: str) -> None:
+def test_classifiers_survive_it_too(name: str, of: Unit) -> None:
     family, model = preset(name)
-    classifier = classifier_for(family, model, 7)
+    classifier = classifier_for(family, model, 7, of)
     model = replace(model, head=None, classifier=classifier)
     config = family.to_hf(model)
-    assert config["architectures"][0].endswith("ForSequenceClassification")
+    assert config["architectures"][0].endswith({"sequence": "ForSequence", "tokens": "ForToken"}[of] + "Classification")
     assert hf.AutoConfig.for_model(**config).num_labels == 7
     assert family.from_hf(config).classifier == classifier
 

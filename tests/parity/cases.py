@@ -33,12 +33,15 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """`lm` and `classify` are classes of transformers; `untied` gives the head a matrix of its own."""
+    """`lm` and those in `classify` (of sequences, of tokens) are classes of transformers.
+
+    `untied` gives the head a matrix of its own.
+    """
 
     config: Callable[..., hf.PreTrainedConfig]
     lm: type[hf.PreTrainedModel]
     settings: dict[str, Any]
-    classify: type[hf.PreTrainedModel] | None = None
+    classify: tuple[type[hf.PreTrainedModel], ...] = ()
     segments: bool = False
     untied: bool = False
 
@@ -64,27 +67,30 @@ class Case:
 CASES = {
     "bert": Case(
         hf.BertConfig, hf.BertForMaskedLM, TINY | {"max_position_embeddings": 32},
-        hf.BertForSequenceClassification, segments=True,
+        (hf.BertForSequenceClassification, hf.BertForTokenClassification), segments=True,
     ),
     "roberta": Case(
         hf.RobertaConfig, hf.RobertaForMaskedLM, TINY | {"max_position_embeddings": 34, "pad_token_id": 0},
-        hf.RobertaForSequenceClassification,
+        (hf.RobertaForSequenceClassification, hf.RobertaForTokenClassification),
     ),
     "gpt2": Case(
         hf.GPT2Config, hf.GPT2LMHeadModel,
         {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 32, "pad_token_id": 0},
-        hf.GPT2ForSequenceClassification,
+        (hf.GPT2ForSequenceClassification, hf.GPT2ForTokenClassification),
     ),
     "llama": Case(
         hf.LlamaConfig, hf.LlamaForCausalLM, TINY | {"num_key_value_heads": 2, "pad_token_id": 0},
-        hf.LlamaForSequenceClassification,
+        (hf.LlamaForSequenceClassification, hf.LlamaForTokenClassification),
     ),
     "llama scaled": Case(
         hf.LlamaConfig, hf.LlamaForCausalLM,
         TINY | {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "attention_bias": True}
         | {"mlp_bias": True},
     ),
-    "qwen2": Case(hf.Qwen2Config, hf.Qwen2ForCausalLM, TINY | {"num_key_value_heads": 2}),
+    "qwen2": Case(
+        hf.Qwen2Config, hf.Qwen2ForCausalLM, TINY | {"num_key_value_heads": 2},
+        (hf.Qwen2ForTokenClassification,),
+    ),
     "qwen3": Case(
         hf.Qwen3Config, hf.Qwen3ForCausalLM,
         TINY | {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
@@ -96,10 +102,12 @@ CASES = {
     ),
     "modernbert": Case(
         hf.ModernBertConfig, hf.ModernBertForMaskedLM, TINY | {"local_attention": 8, "pad_token_id": 0},
-        hf.ModernBertForSequenceClassification,
+        (hf.ModernBertForSequenceClassification, hf.ModernBertForTokenClassification),
     ),
     "marian": Case(hf.MarianConfig, hf.MarianMTModel, MARIAN),
 }  # fmt: skip
+CLASSIFIERS = [(case, cls) for case in CASES.values() for cls in case.classify]
+NAMES = [cls.__name__ for _, cls in CLASSIFIERS]
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def ours(case: Case, model: Transformer, batch: Texts, run: Callable[..., Tensor
 
 
 def scores(case: Case, model: Transformer, batch: Texts) -> Tensor:
-    """The classifier's scores (B, labels)."""
+    """The classifier's scores: (B, labels), or (T, labels) where it scores tokens."""
     return ours(case, model, batch, model.scores)
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from ronna.model.folder import load_folder, save_folder
 from ronna.model.transformer import Transformer
 
-from .cases import CASES, ours, scores, texts, theirs
+from .cases import CASES, CLASSIFIERS, NAMES, Case, ours, scores, texts, theirs
 from .conftest import Pair
 
 
@@ -60,10 +60,10 @@ def test_shards_and_their_index(pair: Pair, tmp_path: Path) -> None:
     assert same_state(load_folder(tmp_path).model, pair.ours)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.classify])
-def test_classifiers_travel_with_their_labels(name: str, tmp_path: Path) -> None:
-    case, batch, labels = CASES[name], texts(), ["sad", "so-so", "glad"]
-    model = case.build(case.classify, num_labels=3)
+@pytest.mark.parametrize(("case", "cls"), CLASSIFIERS, ids=NAMES)
+def test_classifiers_travel_with_their_labels(case: Case, cls: Any, tmp_path: Path) -> None:
+    batch, labels = texts(), ["sad", "so-so", "glad"]
+    model = case.build(cls, num_labels=3)
     model.save_pretrained(tmp_path / "theirs")
     loaded = load_folder(tmp_path / "theirs")
     save_folder(
@@ -71,7 +71,7 @@ def test_classifiers_travel_with_their_labels(name: str, tmp_path: Path) -> None
         problem_type="single_label_classification", extra_config=loaded.config,
     )  # fmt: skip
     assert layout(tmp_path / "ours") == layout(tmp_path / "theirs")
-    again = read_back(case.classify, tmp_path / "ours")
+    again = read_back(cls, tmp_path / "ours")
     assert again.config.id2label == dict(enumerate(labels))
     assert again.config.label2id == {label: i for i, label in enumerate(labels)}
     assert again.config.problem_type == "single_label_classification"

@@ -1,14 +1,19 @@
 """The last block computes what is read of it: the same states, the same gradients, fewer operations."""
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ronna.model.folder import load_folder
 from ronna.model.transformer import Cache, Transformer
 
-from .cases import Case, Texts, flat, texts
+from .cases import CLASSIFIERS, NAMES, Case, Texts, flat, ours, scores, texts
 from .conftest import Pair
 
 LENGTHS, SOURCES = (24, 17, 28), (13, 20, 32)
@@ -49,6 +54,19 @@ def test_operations_by_formula_are_those_counted(pair: Pair) -> None:
         pair.ours.head(states(pair.case, pair.ours, batch, at))  # type: ignore[misc]
     source = 12 if pair.case.seq2seq else 0
     assert pair.ours.cfg.flops(3, 16, source, predicted=4) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("case", "cls"), CLASSIFIERS, ids=NAMES)
+def test_a_classifier_of_tokens_scores_those_asked_for(case: Case, cls: Any, tmp_path: Path) -> None:
+    case.build(cls, num_labels=5).save_pretrained(tmp_path)
+    model, batch, at = load_folder(tmp_path).model.eval(), texts(LENGTHS, SOURCES), torch.tensor([3, 20, 40, 68])
+    whole = scores(case, model, batch)
+    read = ours(case, model, batch, partial(model.scores, at=at))
+    torch.testing.assert_close(read, whole[at] if len(whole) == sum(LENGTHS) else whole, atol=2e-5, rtol=1e-5)
+    equal = texts((16, 16, 16))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ours(case, model, equal, partial(model.scores, at=at[:3]))
+    assert model.cfg.flops(3, 16, predicted=3) == counter.get_total_flops()
 
 
 def test_a_prompt_is_read_at_its_end_and_cached_whole(pair: Pair) -> None:

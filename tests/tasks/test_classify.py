@@ -9,6 +9,7 @@ import torch
 from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow, BadRows
 from ronna.data.sources import Record
+from ronna.tasks.base import like_lengths, read_rows
 from ronna.tasks.classify import (
     Classify,
     ClassifyConfig,
@@ -16,8 +17,6 @@ from ronna.tasks.classify import (
     Row,
     collect_labels,
     detect_problem,
-    like_lengths,
-    read_rows,
     usable_label,
 )
 from ronna.tasks.encoding import fit
@@ -56,7 +55,7 @@ def test_rows_are_kept_or_set_aside():
     fields = [{"t": "good", "l": 1}, {"t": None, "l": 1}, {"t": " ", "l": 0}, {"t": "x", "l": None}, {"t": 3, "l": 1}]
     records = [Record(f, Path("f"), i) for i, f in enumerate(fields, 1)]
     bad.rows_in = len(records)
-    assert list(read_rows(records, Columns("t", None, "l"), bad)) == [Row("good", None, 1)]
+    assert list(read_rows(Classify, records, Columns("t", None, "l"), bad)) == [Row("good", None, 1)]
     assert bad.kept == 1 and bad.quarantined == 4
     assert set(bad.reasons) == {"text is not a string", "empty text", "no label"}
 
@@ -66,7 +65,7 @@ def test_one_id_with_two_labels_is_a_bad_row():
     fields = [{"id": 7, "t": "a", "l": 1}, {"id": 7, "t": "a", "l": 0}, {"id": 7, "t": "a", "l": 1}]
     records = [Record(f, Path("f"), i) for i, f in enumerate(fields, 1)]
     bad.rows_in = len(records)
-    assert [r.label for r in read_rows(records, Columns("t", None, "l"), bad)] == [1, 1]
+    assert [r.label for r in read_rows(Classify, records, Columns("t", None, "l"), bad)] == [1, 1]
     assert bad.places["same id, two labels"] == ["f:2"]
 
 
@@ -116,16 +115,19 @@ def test_losses_are_the_usual_ones(tiny_bert):
 
 
 def test_balanced_classes_weigh_the_same(tiny_bert):
-    rows = [Example(np.array([2]), np.array([0]), target) for target in (0, 0, 0, 1)]
-    weighed = task(tiny_bert, class_weights="balanced").weighed(rows)
-    assert weighed.weights.tolist() == pytest.approx([4 / 6, 2.0]) and task(tiny_bert).weighed(rows).weights is None
+    def learnt(labels, **config):
+        rows = [Row("a", None, label) for label in labels]
+        return Classify.learn(ClassifyConfig(**config), rows, load_tokenizer(tiny_bert), 16)
+
+    labels = ["bad", "bad", "bad", "good"]
+    weighed = learnt(labels, class_weights="balanced")
+    assert weighed.weights.tolist() == pytest.approx([4 / 6, 2.0]) and learnt(labels).weights is None
     scores, gold = torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])
     assert float(weighed.criterion(scores, gold)) == pytest.approx(4 * np.log(2))  # 2 log 2 for each class
-    flags = [Example(np.array([2]), np.array([0]), np.array(t, np.float32)) for t in ((1, 0), (0, 0), (0, 0), (1, 0))]
-    multi = task(tiny_bert, "multi", class_weights="balanced").weighed(flags)
-    assert multi.weights.tolist() == [1.0, 1.0]
+    multi = learnt([["a"], [], [], ["a", "b"]], class_weights="balanced")
+    assert multi.weights.tolist() == [1.0, 3.0]
     with pytest.raises(RonnaError, match="no classes to weigh"):
-        task(tiny_bert, "regression", ("score",), focal=1.0).weighed(rows)
+        learnt([0.5, 1.0], focal=1.0)
 
 
 @pytest.mark.parametrize("problem", ["single", "multi"])
@@ -151,12 +153,14 @@ def test_the_focal_loss_is_its_formula(tiny_bert, problem):
 
 def test_decoding(tiny_bert):
     scores = np.array([[2.0, 0.0], [-1.0, 3.0]], dtype=np.float32)
-    single = task(tiny_bert).decode(scores)
+    rows = [Row("a", None, None)] * 2
+    single = task(tiny_bert).decode(rows, scores)
     assert [a["label"] for a in single] == ["bad", "good"]
     assert single[0]["probability"] == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-6)
-    multi = task(tiny_bert, "multi", threshold=0.9).decode(scores)
+    multi = task(tiny_bert, "multi", threshold=0.9).decode(rows, scores)
     assert [a["labels"] for a in multi] == [[], ["good"]]
-    assert task(tiny_bert, "regression", ("score",)).decode(scores[:, :1]) == [{"score": 2.0}, {"score": -1.0}]
+    regression = task(tiny_bert, "regression", ("score",)).decode(rows, scores[:, :1])
+    assert regression == [{"score": 2.0}, {"score": -1.0}]
 
 
 def test_the_threshold_is_used_in_scores_too(tiny_bert):

@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, NamedTuple, get_args
 
 from ronna.base.errors import RonnaError
 
-Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
+Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "conll"]
 
 SUFFIXES: dict[str, Format] = {
     ".txt": "text",
@@ -24,7 +24,11 @@ SUFFIXES: dict[str, Format] = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".pq": "parquet",
+    **dict.fromkeys((".conll", ".bio", ".bioes", ".bmes", ".bilou", ".iob", ".iob2", ".ner"), "conll"),
 }
+# A line of a CoNLL file, columns from the word to its tag, and a tag that no running text ends its lines with.
+TAGGED = re.compile(rb"\S+[ \t](.*[ \t])?(O|[BIMESLU][-_]\S+)[ \t\r]*")
+ENTITY = re.compile(rb"[ \t][BIMESLU][-_]\S+[ \t\r]*$", re.MULTILINE)
 COMPRESSED = (".gz", ".zst")
 SPLITS = {
     "train": "train",
@@ -157,7 +161,18 @@ def recognise(path: Path, fmt: str = "auto") -> Format:
             # Rows of JSON Lines close on their own line; a pretty-printed object does not.
             first, _, rest = head.lstrip().partition(b"\n")
             return "jsonl" if by_name is None or (first.rstrip().endswith(b"}") and rest.strip()) else "json"
+    if by_name in ("text", None) and _is_tagged(head):
+        return "conll"
     return by_name or "text"
+
+
+def _is_tagged(head: bytes) -> bool:
+    """Whether every line has columns that end in a tag, and some tag is more than O."""
+    lines = head.removeprefix(BOM).split(b"\n")
+    lines = lines[:-1] if len(head) == HEAD_BYTES else lines  # the last one may be cut
+    return bool(ENTITY.search(head)) and all(
+        TAGGED.fullmatch(line) or line.startswith(b"#") for line in lines if line.strip()
+    )
 
 
 def open_bytes(path: Path) -> BinaryIO:

@@ -11,6 +11,7 @@ from ronna.data.badrows import BadRow
 from ronna.data.files import (
     BOM,
     MAX_ROW_BYTES,
+    TAGGED,
     damaged,
     open_bytes,
     peek,
@@ -232,6 +233,48 @@ def _text_row(line: int, data: bytes) -> Row:
         return Row(line, {"text": decode(data)})
     except BadRow as bad:
         return Row(line, bad, data)
+
+
+def parse_conll(path: Path) -> Iterator[Row]:
+    """CoNLL columns as `{"tokens": [...], "tags": [...]}`: the first column and the last, a sentence a row.
+
+    Blank lines part sentences; lines of -DOCSTART- and comments (# without a tag at the end) are not words. Without
+    a second column there are no tags.
+    """
+    first, lines = 1, list[bytes]()
+    size = 0
+    for line in read_lines(path):
+        if not line.data.isspace():
+            if not lines:
+                first, size = line.number, 0
+            lines.append(line.data)
+            size += len(line.data)
+            if size > MAX_ROW_BYTES:
+                refuse_length(path, first, line.start)
+        elif lines:
+            yield from _conll_row(first, lines)
+            lines = []
+    if lines:
+        yield from _conll_row(first, lines)
+
+
+def _conll_row(line: int, lines: list[bytes]) -> Iterator[Row]:
+    raw = b"".join(lines)
+    try:
+        columns = [text.split() for text in decode(raw).split("\n") if text.strip() and not _is_remark(text)]
+        if not columns:
+            return
+        if len({len(c) > 1 for c in columns}) > 1:
+            bare = next(c[0] for c in columns if len(c) == 1)
+            raise BadRow("a word without a tag", repr(bare))
+        tags = {"tags": [c[-1] for c in columns]} if len(columns[0]) > 1 else {}
+        yield Row(line, {"tokens": [c[0] for c in columns], **tags})
+    except BadRow as bad:
+        yield Row(line, bad, raw)
+
+
+def _is_remark(line: str) -> bool:
+    return line.startswith("-DOCSTART-") or (line.startswith("#") and not TAGGED.fullmatch(line.encode()))
 
 
 def parse_parquet(path: Path) -> Iterator[Row]:

@@ -16,7 +16,16 @@ from typing import Any, BinaryIO, get_args
 from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow, BadRows, Record
 from ronna.data.files import find_splits, recognise, resolve
-from ronna.data.formats import Row, TextUnit, parse_json, parse_json_lines, parse_jsonl, parse_parquet, parse_text
+from ronna.data.formats import (
+    Row,
+    TextUnit,
+    parse_conll,
+    parse_json,
+    parse_json_lines,
+    parse_jsonl,
+    parse_parquet,
+    parse_text,
+)
 from ronna.data.tables import parse_csv, refuse_other_delimiter
 
 __all__ = ["BadRow", "BadRows", "Record", "find_splits", "read_json_stream", "read_records", "require", "resolve"]
@@ -81,6 +90,8 @@ def _rows(
             return parse_parquet(path)
         case "text":
             return parse_text(path, text_unit)
+        case "conll":
+            return parse_conll(path)
         case _:
             if delimiter is None:
                 delimiter = "\t" if fmt == "tsv" else ","

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"]
 Pool = Literal["first", "last", "mean"]
+Unit = Literal["sequence", "tokens"]  # what a classifier scores
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Classifier:
-    """One vector per sequence, pooled from the last hidden states, to `labels` scores."""
+    """The last hidden states to `labels` scores: of each sequence, its states pooled into one, or of each token."""
 
     labels: int
     pool: Pool = "first"
@@ -236,17 +237,21 @@ class Classifier:
     bias: bool = True
     dense_dropout: float = 0.0  # on what the dense layer reads
     dropout: float = 0.0  # on what the scores are made of
+    of: Unit = "sequence"
 
     def params(self, dim: int) -> int:
         dense = dim * dim + dim * self.dense_bias if self.dense else 0
         return dense + (self.norm.params(dim) if self.norm else 0) + self.labels * (dim + self.bias)
 
-    def reads(self, sequences: int, length: int) -> int:
-        """Positions whose states it needs."""
+    def reads(self, sequences: int, length: int, predicted: int | None = None) -> int:
+        """Positions whose states it needs, `predicted` of them (None: all) where it scores tokens."""
+        if self.of == "tokens":
+            return sequences * length if predicted is None else predicted
         return sequences * (length if self.pool == "mean" else 1)
 
-    def flops(self, dim: int, sequences: int) -> int:
-        return 2 * sequences * dim * (self.labels + (dim if self.dense else 0))
+    def flops(self, dim: int, vectors: int) -> int:
+        """For so many sequences or tokens."""
+        return 2 * vectors * dim * (self.labels + (dim if self.dense else 0))
 
 
 @dataclass(frozen=True)
@@ -299,21 +304,23 @@ class Model:
     def flops(self, sequences: int, length: int, source_length: int = 0, predicted: int | None = None) -> int:
         """Forward floating-point operations of all matrix products for equal sequences.
 
-        `predicted` is the number of positions given to the vocabulary head (None: all); the last block computes
-        no others, but for what the classifier pools. A training step costs three times this. Masked-out attention
-        counts as computed, as FLOP counters do.
+        `predicted` is the number of positions given to the vocabulary head or a classifier of tokens (None: all);
+        the last block computes no others, but for what a classifier of sequences pools. A training step costs
+        three times this. Masked-out attention counts as computed, as FLOP counters do.
         """
         tokens, source = sequences * length, sequences * source_length
         total = 0
         if self.encoder and self.decoder:
             total += self.encoder.flops(self.dim, source, source_length)
         words = (tokens if predicted is None else predicted) if self.head else 0
-        pooled = self.classifier.reads(sequences, length) if self.classifier else 0
-        read = min(tokens, words + pooled) if words + pooled else None
+        scored = self.classifier.reads(sequences, length, predicted) if self.classifier else 0
+        read = min(tokens, words + scored) if words + scored else None
         total += self.last.flops(self.dim, tokens, length, source, source_length, read)
         if self.head:
             total += self.head.flops(self.dim, self.embedding.vocab, words)
-        return total + (self.classifier.flops(self.dim, sequences) if self.classifier else 0)
+        if self.classifier:
+            total += self.classifier.flops(self.dim, sequences if self.classifier.of == "sequence" else scored)
+        return total
 
 
 def map_parts(part: Any, change: Callable[[Any], Any]) -> Any:

@@ -160,7 +160,7 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Hidden states, those at `reads`, to scores (B, labels), one row per sequence."""
+    """Hidden states, those at `reads`, to scores: (B, labels) of sequences or (M, labels) of tokens."""
 
     def __init__(self, cfg: c.Classifier, dim: int):
         super().__init__()
@@ -169,8 +169,10 @@ class Classifier(nn.Module):
         self.norm = make_norm(cfg.norm, dim)
         self.out = Linear(dim, cfg.labels, bias=cfg.bias)
 
-    def reads(self, sequences: Sequences) -> Tensor | None:
-        """(B,) places whose states the scores are made of; None: all."""
+    def reads(self, sequences: Sequences, at: Tensor | None) -> Tensor | None:
+        """Places whose states the scores are made of: the tokens `at`, or what is pooled; None: all."""
+        if self.cfg.of == "tokens":
+            return at
         match self.cfg.pool:
             case "first":
                 return sequences.starts
@@ -179,7 +181,7 @@ class Classifier(nn.Module):
         return None
 
     def pool(self, x: Tensor, sequences: Sequences) -> Tensor:
-        if self.cfg.pool != "mean":
+        if self.cfg.of == "tokens" or self.cfg.pool != "mean":
             return x
         sums = x.new_zeros(len(sequences), x.shape[-1]).index_add(0, sequences.owner, x)
         return sums / sequences.lengths.to(x.device, x.dtype)[:, None]
@@ -248,11 +250,17 @@ class Transformer(nn.Module):
         return states if at is None or reads is not None else states.index_select(0, at)
 
     def scores(
-        self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None, memory: Memory | None = None
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        segments: Tensor | None = None,
+        memory: Memory | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """The classifier's scores (B, labels) in fp32."""
+        """The classifier's scores in fp32: (B, labels), or (M, labels) of the tokens `at` (M,) where it scores tokens
+        (None: all T)."""
         assert self.classifier is not None, "this model has no classifier"
-        states = self.hidden(tokens, sequences, segments, memory, at=self.classifier.reads(sequences))
+        states = self.hidden(tokens, sequences, segments, memory, at=self.classifier.reads(sequences, at))
         return self.classifier(states, sequences)
 
     def forward(

@@ -4,9 +4,9 @@ Legend: B sequences, K labels.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,16 +14,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ronna.base.config import Config
+from ronna.base.config import Config, build
 from ronna.base.errors import RonnaError
-from ronna.data.badrows import BadRow, BadRows
+from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
+from ronna.model.config import Classifier, Model
+from ronna.model.families import Family, classifier_for, label_names
+from ronna.model.folder import refuse_untrue
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
+from ronna.tasks.base import like_lengths
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
-from ronna.tasks.schema import Columns
+from ronna.tasks.schema import Columns, find_columns
 from ronna.text.tokenizer import Tokenizer
 
 Problem = Literal["single", "multi", "regression"]
@@ -39,7 +43,7 @@ class ClassifyConfig(Config):
     problem: Literal["auto", "single", "multi", "regression"] = "auto"
     pool: Literal["auto", "first", "last", "mean"] = "auto"  # the states to score; auto: as the folder says
     truncation: Literal["cut", "refuse"] = "cut"  # of texts longer than train.length; what is cut is counted
-    threshold: float = 0.5  # probability above which a label of a multi-label problem is given
+    threshold: float = Field(0.5, gt=0, lt=1)  # probability above which a label of a multi-label problem is given
     class_weights: Literal["none", "balanced"] = "none"  # balanced: rare classes weigh more in the loss
     focal: float = Field(0.0, ge=0)  # gamma of the focal loss: rows that are right already weigh less
 
@@ -49,6 +53,10 @@ class Row(NamedTuple):
     pair: str | None
     label: Any
 
+    @property
+    def key(self) -> str:
+        return f"{self.text}\0{self.pair or ''}"
+
 
 class Example(NamedTuple):
     """A tokenized row; `target` is a class id, a score or flags (K,), None where unlabelled."""
@@ -56,20 +64,6 @@ class Example(NamedTuple):
     tokens: np.ndarray
     segments: np.ndarray
     target: Any
-
-
-def read_rows(records: Iterable[Record], columns: Columns, bad: BadRows) -> Iterator[Row]:
-    """Rows with a usable text and label; others are set aside with their place."""
-    labels: dict[Any, Any] = {}
-
-    def convert(record: Record) -> Row:
-        row = usable_row(record, columns)
-        key = record.fields.get("id")
-        if isinstance(key, str | int) and labels.setdefault(key, row.label) != row.label:
-            raise BadRow("same id, two labels", f"id {key!r} was {labels[key]!r} before, now {row.label!r}")
-        return row
-
-    return bad.sift(records, convert)
 
 
 def usable_row(record: Record, columns: Columns) -> Row:
@@ -133,13 +127,70 @@ class Classify:
     length: int
     weights: Tensor | None = None  # (K,), of the loss
 
-    def weighed(self, examples: Sequence[Example]) -> "Classify":
-        """The task with the class weights that its config asks for, as these examples have it."""
-        if self.problem == "regression" and (self.config.class_weights != "none" or self.config.focal):
+    kind = "classify"
+
+    @classmethod
+    def row(cls, record: Record, columns: Columns) -> Row:
+        return usable_row(record, columns)
+
+    @classmethod
+    def columns(
+        cls, record: Record, *, text: str | None, pair: str | None, label: str | None, labelled: bool = True
+    ) -> Columns:
+        return find_columns(record, text=text, pair=pair, label=label, need_label=labelled)
+
+    @classmethod
+    def learn(cls, config: ClassifyConfig, rows: Sequence[Row], tokenizer: Tokenizer, length: int) -> Self:
+        """Problem, labels and, if they are asked for, class weights as the rows have them."""
+        seen = [row.label for row in rows]
+        problem = detect_problem(seen) if config.problem == "auto" else config.problem
+        task = cls(config, tokenizer, problem, collect_labels(seen, problem), length)
+        if problem == "regression" and (config.class_weights != "none" or config.focal):
             raise RonnaError("a regression has no classes to weigh", where="task.class_weights, task.focal")
-        if self.config.class_weights == "none":
-            return self
-        return replace(self, weights=balanced_weights([e.target for e in examples], len(self.labels)))
+        if config.class_weights == "none":
+            return task
+        return replace(task, weights=balanced_weights([task.target(label) for label in seen], len(task.labels)))
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> Self:
+        known: dict[str, Problem] = {t: p for p, t in PROBLEM_TYPES.items()}
+        problem = known.get(config.get("problem_type") or "", "single")
+        said = {"threshold": config["threshold"]} if "threshold" in config else {}
+        own = build(ClassifyConfig, {"problem": problem, **said}, where="config.json")
+        return cls(own, tokenizer, problem, label_names(config), length)
+
+    @property
+    def title(self) -> str:
+        return (
+            "regression"
+            if self.problem == "regression"
+            else f"{self.problem} classification, {len(self.labels)} labels"
+        )
+
+    @property
+    def problem_type(self) -> str:
+        return PROBLEM_TYPES[self.problem]
+
+    @property
+    def folder_keys(self) -> dict[str, Any]:
+        return {"threshold": self.config.threshold} if self.problem == "multi" else {}
+
+    def classifier(self, family: Family, model: Model) -> Classifier:
+        """The family's, pooled as the config says. Raises RonnaError where a folder could not say so."""
+        classifier = classifier_for(family, model, len(self.labels))
+        if self.config.pool == "auto":
+            return classifier
+        pooled = replace(model, head=None, classifier=replace(classifier, pool=self.config.pool))
+        try:  # before the training, not after it
+            refuse_untrue(family, pooled, family.to_hf(pooled))
+        except RonnaError as error:
+            fix = "leave it at auto; modernbert folders can say first or mean"
+            raise RonnaError(error.what, where="task.pool", fix=fix) from None
+        return replace(classifier, pool=self.config.pool)
+
+    def rows(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Row]:
+        seconds = pairs if pairs is not None else [None] * len(texts)
+        return [Row(text, pair, None) for text, pair in zip(texts, seconds, strict=True)]
 
     def check_labels(self, rows: Sequence[Row], where: str) -> None:
         """Raises RonnaError for a label that the training data does not have."""
@@ -226,8 +277,8 @@ class Classify:
             scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
         return scores
 
-    def decode(self, scores: np.ndarray) -> list[dict[str, Any]]:
-        """What `predict` says of each row: a label with probabilities, labels, or a score."""
+    def decode(self, rows: Sequence[Row], scores: np.ndarray) -> list[dict[str, Any]]:
+        """A label with probabilities, labels, or a score."""
         if self.problem == "regression":
             return [{"score": round(float(s), 6)} for s in scores[:, 0]]
         if self.problem == "multi":
@@ -264,19 +315,4 @@ class Classify:
 
     @property
     def monitor(self) -> str:
-        """The metric that early stopping and the choice of the best checkpoint look at."""
         return {"single": "accuracy", "multi": "micro_f1", "regression": "spearman"}[self.problem]
-
-
-def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length whose tokens stay below `batch_tokens`."""
-    batch: list[int] = []
-    total = 0
-    for i in np.argsort(lengths, kind="stable")[::-1].tolist():
-        if batch and total + lengths[i] > batch_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(i)
-        total += lengths[i]
-    if batch:
-        yield batch

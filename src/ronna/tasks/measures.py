@@ -61,6 +61,26 @@ def multi_label(gold: NDArray[Any], predicted: NDArray[Any], times: Times) -> Me
     return measure
 
 
+def spans(tp: NDArray[Any], gold: NDArray[Any], predicted: NDArray[Any], times: Times) -> Measure:
+    """The metrics of entities found: of each row how many of each of K types are right, true and predicted (P, K)."""
+    size = tp.shape[1]
+    counted = np.hstack([tp, gold, predicted]).astype(np.float64)
+    averages = _averages(*np.split(times[None] @ counted, 3, axis=1))
+
+    def measure(counts: Counts) -> Values:
+        sums = counts @ counted
+        tp, true, positive = sums[:, :size], sums[:, size : 2 * size], sums[:, 2 * size :]
+        hits, trues, positives = tp.sum(1), true.sum(1), positive.sum(1)
+        return {
+            "precision": ratio(hits, positives),
+            "recall": ratio(hits, trues),
+            "f1": ratio(2 * hits, trues + positives),
+            **averages(tp, true, positive),
+        }
+
+    return measure
+
+
 def regression(gold: NDArray[Any], predicted: NDArray[Any], times: Times) -> Measure:
     """The metrics of a number a row; `gold`, `predicted`: (P,)."""
     error, x, y = predicted - gold, _scaled(gold), _scaled(predicted)

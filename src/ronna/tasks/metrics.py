@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.cells import cell_len
 
 from ronna.base.errors import RonnaError
 from ronna.tasks.bootstrap import Counts, Metric, Values, bootstrap, finite
-from ronna.tasks.measures import Statistic, multi_label, ratio, regression, single_label
+from ronna.tasks.measures import Statistic, multi_label, ratio, regression, single_label, spans
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,41 @@ def multilabel_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[st
         averages=tuple(_average_row(kind, metrics, support) for kind in ("micro", "macro", "weighted")),
         labels=tuple(labels),
         notes=(*_absences(labels, tp, true, positive), *notes),
+    )
+
+
+def span_scores(
+    gold: Sequence[Collection[Any]], predicted: Sequence[Collection[Any]], types: Sequence[str], *, seed: int = 0
+) -> Scores:
+    """Entities found in N sentences, each a (start, end, type): right where all three are (CoNLL's strict measure).
+
+    precision, recall and f1 are over all entities; macro and weighted ones average over the types that occur. As in
+    seqeval, 0/0 counts as 0. Raises RonnaError when there is no sentence, or not as many of both.
+    """
+    if not gold and not predicted:
+        raise _empty("test set")
+    if len(gold) != len(predicted):
+        raise RonnaError(f"{len(gold)} gold sentences but {len(predicted)} predictions", where="metrics")
+    place, size = {name: i for i, name in enumerate(types)}, len(types)
+    counts = np.zeros((len(gold), 3, size), np.int64)
+    for row, true, found in zip(counts, gold, predicted, strict=True):
+        for part, entities in zip(row, (set(true) & set(found), set(true), set(found)), strict=True):
+            for *_, kind in entities:
+                part[place[kind]] += 1
+    rows, times = np.unique(counts.reshape(len(gold), -1), axis=0, return_counts=True)
+    tp, true, positive = np.split(rows, 3, axis=1)
+    metrics, notes = bootstrap(spans(tp, true, positive, times), times, seed=seed)
+    sums = tuple(counts.sum(0))
+    support = int(sums[1].sum())
+    precision, recall, f1 = (metrics[name].value or 0.0 for name in ("precision", "recall", "f1"))
+    micro = ClassRow("micro avg", precision, recall, f1, support)
+    return Scores(
+        rows=len(gold),
+        metrics=metrics,
+        classes=_class_rows(types, *sums),
+        averages=(micro, *(_average_row(kind, metrics, support) for kind in ("macro", "weighted"))),
+        labels=tuple(types),
+        notes=(*_absences(types, *sums), *notes),
     )
 
 

@@ -24,6 +24,17 @@ PAIRS = ("text_b", "text_pair", "sentence2", "hypothesis", "question2", "documen
 LABELS = ("label", "labels", "score", "class", "category", "intent", "sentiment", "target", "topic", "rating")
 
 
+class Usual(NamedTuple):
+    """The names that columns of a task usually have, the likeliest first."""
+
+    texts: Sequence[str]
+    pairs: Sequence[str] = ()
+    labels: Sequence[str] = ()
+
+
+CLASSIFIED = Usual(TEXTS, PAIRS, LABELS)
+
+
 class Columns(NamedTuple):
     text: str
     pair: str | None
@@ -48,15 +59,21 @@ def choose(role: str, named: str | None, candidates: Sequence[str], fields: Sequ
 
 
 def find_columns(
-    record: Record, *, text: str | None, pair: str | None, label: str | None, need_label: bool = True
+    record: Record,
+    *,
+    text: str | None,
+    pair: str | None,
+    label: str | None,
+    need_label: bool = True,
+    usual: Usual = CLASSIFIED,
 ) -> Columns:
     """Columns by the user's names, else by the usual ones. Raises RonnaError when none fits."""
     fields, where = list(record.fields), str(record.path)
-    text_column = choose("text", text, TEXTS, fields, where)
+    text_column = choose("text", text, usual.texts, fields, where)
     # A guessed second text must look like one: a first text named by the user stands alone.
-    pairs = () if text is not None else PAIRS
+    pairs = () if text is not None else usual.pairs
     pair_column = choose("text_pair", pair, [p for p in pairs if isinstance(record.fields.get(p), str)], fields, where)
-    label_column = choose("label", label, LABELS, fields, where)
+    label_column = choose("label", label, usual.labels, fields, where)
     for role, column, needed in (("text", text_column, True), ("label", label_column, need_label)):
         if column is None and needed:
             raise RonnaError(

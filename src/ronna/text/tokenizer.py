@@ -22,7 +22,7 @@ from ronna.text.engine import EncodeBatch, try_gigatoken
 from ronna.text.folder import Side, TokenizerParts, read_folder, write_folder
 from ronna.text.training import TokenizerConfig
 
-__all__ = ["Encoded", "Tokenizer", "TokenizerConfig", "load_tokenizer", "train_tokenizer"]
+__all__ = ["Encoded", "EncodedWords", "Tokenizer", "TokenizerConfig", "load_tokenizer", "train_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Encoded:
     special: np.ndarray  # (L,) bool, added by the template
     segments: np.ndarray  # (L,) int32, segment (token type) ids as the template says
     text_index: np.ndarray  # (L,) int8, 0 in the first text, 1 in the second, -1 added by the template
+
+
+@dataclass(frozen=True)
+class EncodedWords:
+    """The tokens of a text that comes in words, without special tokens."""
+
+    ids: np.ndarray  # (L,) int32
+    word: np.ndarray  # (L,) int32, number of the word each token comes from, rising; a word may have none
 
 
 class Tokenizer:
@@ -201,6 +209,24 @@ class Tokenizer:
             raise self._not_unicode([*texts, *(pairs or ())]) from None
         return [_encoded(encoding, self._ids(encoding)) for encoding in encodings]
 
+    def encode_words(self, texts: Sequence[str], words: Sequence[Sequence[tuple[int, int]]]) -> list[EncodedWords]:
+        """Encode texts word by word, so that no token has parts of two; `words[i]` are characters of `texts[i]`.
+
+        A word behind a space keeps it, which byte-level and SentencePiece vocabularies write into their tokens.
+        """
+        if len(words) != len(texts):
+            raise ValueError(f"{len(texts)} texts and words of {len(words)}")
+        spaced = self._words_keep_spaces
+        rows = [
+            [text[a - 1 if spaced and text[a - 1 : a] == " " else a : b] for a, b in some]
+            for text, some in zip(texts, words, strict=True)
+        ]
+        try:
+            encodings = self._backend.encode_batch(rows, is_pretokenized=True, add_special_tokens=False)
+        except TypeError:
+            raise self._not_unicode(texts) from None
+        return [EncodedWords(self._ids(e), np.array(e.word_ids, np.int32)) for e in encodings]
+
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
         """Text of ids (L,)."""
         return self.decode_batch([np.asarray(ids, np.int64)], skip_special)[0]
@@ -290,6 +316,20 @@ class Tokenizer:
             if np.array_equal(full[start : start + len(inner)], inner):
                 return full[:start], full[start + len(inner) :]
         return None
+
+    @property
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """The special tokens (n,) before and after one text. Raises RonnaError for a template that does more."""
+        if self._around is None:
+            raise RonnaError("this tokenizer does not simply put tokens before and after a text", fix="use another one")
+        return self._around
+
+    @cached_property
+    def _words_keep_spaces(self) -> bool:
+        """Whether " b" as a word of "a b" gives the tokens of "a b"; else "b" does, and a normalizer adds the space."""
+        whole = self.encode("a b").tolist()
+        apart = self._backend.encode(["a", " b"], is_pretokenized=True, add_special_tokens=False)
+        return whole == self._ids(apart).tolist()
 
 
 def _encoded(encoding: tokenizers.Encoding, ids: np.ndarray) -> Encoded:

@@ -22,9 +22,10 @@ from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
 from ronna.serve.decode import Generation, generate, perplexity
 from ronna.serve.sampling import GenerateConfig
-from ronna.tasks.classify import PROBLEM_TYPES, Classify, ClassifyConfig, Problem, Row, read_rows, usable_row
+from ronna.tasks.base import Task, read_rows
 from ronna.tasks.metrics import perplexity_scores
-from ronna.tasks.schema import find_columns, peek
+from ronna.tasks.registry import task_of
+from ronna.tasks.schema import peek
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.verbs.prepare import texts
 
@@ -38,17 +39,24 @@ class Loaded:
     folder: str
     model: Transformer
     tokenizer: Tokenizer
-    task: Classify | None
+    task: Task | None
     decoder_start: int | None  # of an encoder-decoder
     length: int  # tokens of a sequence, or of a window of a language model
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The prediction for each text or pair: label and probabilities, labels, or score."""
+        task = self.with_task()
+        return self.answer(task.rows(texts, pairs))
+
+    def with_task(self) -> Task:
         if self.task is None:
             raise RonnaError("no task head", where=self.folder, fix="`ronna finetune` one, or use generate")
-        seconds = pairs if pairs is not None else [None] * len(texts)
-        rows = [Row(text, pair, None) for text, pair in zip(texts, seconds, strict=True)]
-        return self.task.decode(self.task.infer(self.model, self.task.encode(rows)))
+        return self.task
+
+    def answer(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        """The prediction for each of the task's rows."""
+        task = self.with_task()
+        return task.decode(rows, task.infer(self.model, task.encode(rows)))
 
     def generate(self, prompts: Sequence[str], config: GenerateConfig | None = None) -> list[Generation]:
         """What the model writes after each prompt, or for each source."""
@@ -85,10 +93,7 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
     length = length if model.cfg.max_length is None else min(length, model.cfg.max_length)
     task = None
     if model.classifier is not None and model.head is None:
-        labels = [name for _, name in sorted(loaded.config["id2label"].items(), key=lambda pair: int(pair[0]))]
-        known: dict[str, Problem] = {t: p for p, t in PROBLEM_TYPES.items()}
-        problem = known.get(loaded.config.get("problem_type") or "", "single")
-        task = Classify(ClassifyConfig(problem=problem), tokenizer, problem, labels, length)
+        task = task_of(model.classifier.cfg).restore(loaded.config, tokenizer, length)
     start = loaded.config.get("decoder_start_token_id", tokenizer.pad_id)
     return Loaded(folder, model, tokenizer, task, start, length)
 
@@ -103,13 +108,13 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         account: dict[str, int] = {}
         first, records = peek(read_records(paths, bad=bad))
         assert first is not None
-        columns = find_columns(first, text=run.text, pair=run.text_pair, label=run.label)
+        columns = task.columns(first, text=run.text, pair=run.text_pair, label=run.label)
         say(f"columns: {columns}")
-        rows = list(read_rows(records, columns, bad))
+        rows = list(read_rows(type(task), records, columns, bad))
         task.check_labels(rows, where=run.data[0])
         examples = task.encode(rows, account)
         scores = task.measure(examples, task.infer(loaded.model, examples))
-        kind: dict[str, Any] = {"task": "classify", "data": {**bad.summary(), **account}}
+        kind: dict[str, Any] = {"task": task.kind, "data": {**bad.summary(), **account}}
     else:
         documents = list(texts(paths, run.text or "text", bad))
         if loaded.model.cfg.encoder is not None:
@@ -142,13 +147,12 @@ def predict(run: PredictRun) -> dict[str, Any]:
     )
     if first is None:
         raise RonnaError("no record came", where="standard input", fix='send lines such as {"text": "..."}')
-    columns = find_columns(first, text=run.text, pair=run.text_pair, label=None, need_label=False)
-    columns = columns._replace(label=None)
-    stream = bad.sift(records, lambda record: (record.fields, usable_row(record, columns)))
+    task = loaded.with_task()
+    columns = task.columns(first, text=run.text, pair=run.text_pair, label=None, labelled=False)._replace(label=None)
+    stream = bad.sift(records, lambda record: (record.fields, task.row(record, columns)))
     with writer(run.output) as file:
         while some := list(islice(stream, run.batch)):
-            pairs = [row.pair or "" for _, row in some] if columns.pair else None
-            for (fields, _), answer in zip(some, loaded.predict([row.text for _, row in some], pairs), strict=True):
+            for (fields, _), answer in zip(some, loaded.answer([row for _, row in some]), strict=True):
                 file.write(json.dumps({**fields, "prediction": answer}, ensure_ascii=False, default=str) + "\n")
             file.flush()
     return {"data": bad.summary()}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ronna.base.errors import RonnaError
-from ronna.model.config import Classifier, Model
-from ronna.model.families.base import Family, Weight, label_maps, locate
+from ronna.model.config import Classifier, Model, Unit
+from ronna.model.families.base import Family, Weight, label_maps, label_names, locate
 from ronna.model.families.bert import BERT
 from ronna.model.families.gpt2 import GPT2
 from ronna.model.families.llama import LLAMA
@@ -25,6 +25,7 @@ __all__ = [
     "classifier_for",
     "family_of",
     "label_maps",
+    "label_names",
     "locate",
     "preset",
     "read_config",
@@ -115,11 +116,14 @@ def with_dropout(family: Family, model: Model, rate: float) -> Model:
     return replace(model, **{part: getattr(changed, part) for part in parts})
 
 
-def classifier_for(family: Family, model: Model, labels: int) -> Classifier:
-    """The classifier that the family's ...ForSequenceClassification has; RonnaError for encoder-decoders."""
+def classifier_for(family: Family, model: Model, labels: int, of: Unit = "sequence") -> Classifier:
+    """The classifier that the family's ...ForSequenceClassification or ...ForTokenClassification has.
+
+    RonnaError for encoder-decoders.
+    """
     if family.classifier is None:
         raise RonnaError(
             f"{family.name} models have no classifier",
             fix="choose an encoder (bert, roberta, modernbert) or a decoder (gpt2, llama, qwen)",
         )
-    return family.classifier(model, labels)
+    return family.classifier(model, labels, of)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ronna.base.config import build
 from ronna.base.errors import RonnaError
-from ronna.model.config import Activation, Classifier, LinearScaling, Llama3Scaling, Model, Rotary, Stack
+from ronna.model.config import Activation, Classifier, LinearScaling, Llama3Scaling, Model, Rotary, Stack, Unit
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -34,6 +34,10 @@ def hub_activation(act: Activation) -> str:
     return "gelu_new" if act == "gelu_tanh" else act
 
 
+# How transformers' class of a folder ends where it holds a classifier of ours.
+CLASSIFIERS: dict[Unit, str] = {"sequence": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+
+
 class Settings(BaseModel):
     """The keys of a config.json that change what is computed.
 
@@ -48,10 +52,16 @@ class Settings(BaseModel):
     num_labels: Count | None = None
 
     @property
-    def labels(self) -> int | None:
-        """How many scores the folder's sequence classifier gives; None where it has no such classifier."""
-        if not any(name.endswith("ForSequenceClassification") for name in self.architectures):
-            return None
+    def unit(self) -> Unit | None:
+        """What the folder's classifier scores; None where it has none."""
+        for unit, ending in CLASSIFIERS.items():
+            if any(name.endswith(ending) for name in self.architectures):
+                return unit
+        return None
+
+    @property
+    def labels(self) -> int:
+        """How many scores a classifier gives."""
         return len(self.id2label) if self.id2label else self.num_labels or 2
 
 
@@ -166,7 +176,7 @@ class Family:
     names: our modules (or parameters) -> their place in the files.
     duplicates: keys that repeat another one where weights are tied.
     unties: whether a differing duplicate of the output matrix means two matrices instead of a broken file.
-    classifier: the usual classifier for a number of labels; None for encoder-decoders.
+    classifier: the usual classifier for a number of labels of sequences or tokens; None for encoder-decoders.
     prefix: what the keys of a folder without heads leave out. heads, ignored: regexes of keys that belong
     to some head, and of keys that carry nothing. presets: config.json by name.
     aliases: common names of keys that the family calls otherwise.
@@ -178,7 +188,7 @@ class Family:
     to_hf: Callable[[Model], dict[str, Any]]
     names: Callable[[Model], dict[str, Weight]]
     duplicates: Callable[[Model], dict[str, str]]
-    classifier: Callable[[Model, int], Classifier] | None
+    classifier: Callable[[Model, int, Unit], Classifier] | None
     prefix: str
     heads: str
     ignored: str
@@ -211,16 +221,38 @@ def one_head(model: Model, family: str) -> None:
         )
 
 
+def decoder_classifier(model: Model, labels: int, of: Unit) -> Classifier:
+    """GPT-2's and Llama's: of a sequence its last state, of tokens each one's behind dropout."""
+    if of == "tokens":
+        return Classifier(labels, dropout=model.embedding.dropout, of=of)
+    return Classifier(labels, "last", bias=False)
+
+
+def with_decoder_classifier(model: Model, h: Settings, dropout: float) -> Model:
+    """The model with the classifier that the folder's architecture has, if it has one; only tokens have dropout."""
+    if h.unit is None:
+        return model
+    classifier = decoder_classifier(model, h.labels, h.unit)
+    return replace(model, classifier=replace(classifier, dropout=dropout if h.unit == "tokens" else 0.0))
+
+
 def architecture(model: Model, stem: str, lm: str) -> list[str]:
     """The class that transformers reads the folder with."""
     if model.classifier:
-        return [f"{stem}ForSequenceClassification"]
+        return [stem + CLASSIFIERS[model.classifier.of]]
     return [stem + (lm if model.head else "Model")]
 
 
 def generic_labels(model: Model) -> dict[str, Any]:
     """id2label and label2id as transformers makes them up; `save_folder` puts real names."""
     return label_maps([f"LABEL_{i}" for i in range(model.classifier.labels)]) if model.classifier else {}
+
+
+def label_names(config: Mapping[str, Any]) -> list[str]:
+    """The names of a classifier's scores in a config.json, in their order; transformers leaves out the usual two."""
+    if not config.get("id2label"):
+        return [f"LABEL_{i}" for i in range(config.get("num_labels") or 2)]
+    return [str(name) for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
 
 
 def label_maps(labels: list[str]) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def body(h: BertSettings, *, offset: int, act: c.Activation) -> c.Model:
 
 def with_classifier(model: c.Model, h: BertSettings) -> c.Model:
     """The model with the classifier that the folder's architecture has, if it has one."""
-    if h.labels is None:
+    if h.unit is None:
         return model
     rate = h.hidden_dropout_prob if h.classifier_dropout is None else h.classifier_dropout
-    return replace(model, classifier=replace(classifier(model, h.labels), dropout=rate))
+    return replace(model, classifier=replace(classifier(model, h.labels, h.unit), dropout=rate))
 
 
-def classifier(model: c.Model, labels: int) -> c.Classifier:
-    return c.Classifier(labels, "first", "tanh", dropout=model.embedding.dropout)
+def classifier(model: c.Model, labels: int, of: c.Unit) -> c.Classifier:
+    return c.Classifier(labels, dense="tanh" if of == "sequence" else None, dropout=model.embedding.dropout, of=of)
 
 
 def from_hf(config: Mapping[str, Any]) -> c.Model:

@@ -1,7 +1,6 @@
 """GPT-2 (Radford et al. 2019): pre-norm decoder; its files hold matrices transposed, and q, k, v as one."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from ronna.model.families.base import (
     Settings,
     Weight,
     architecture,
+    decoder_classifier,
     generic_labels,
     head_size,
     hub_activation,
@@ -24,6 +24,7 @@ from ronna.model.families.base import (
     one_head,
     only,
     read,
+    with_decoder_classifier,
 )
 
 
@@ -38,6 +39,7 @@ class Gpt2Settings(Settings):
     resid_pdrop: Rate = 0.1
     embd_pdrop: Rate = 0.1
     attn_pdrop: Rate = 0.1
+    classifier_dropout: Rate = 0.1  # of tokens
     layer_norm_epsilon: Positive = 1e-5
     initializer_range: Positive = 0.02
     scale_attn_weights: bool = True
@@ -45,10 +47,6 @@ class Gpt2Settings(Settings):
     scale_attn_by_inverse_layer_idx: Literal[False] = False
     add_cross_attention: Literal[False] = False
     pruned_heads: dict[str, Any] = Field({}, max_length=0)
-
-
-def classifier(model: c.Model, labels: int) -> c.Classifier:
-    return c.Classifier(labels, "last", bias=False)
 
 
 def from_hf(config: Mapping[str, Any]) -> c.Model:
@@ -71,7 +69,7 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
         decoder=c.Stack((block,) * h.n_layer, causal=True, final_norm=norm),
         init=c.Init("residual", h.initializer_range),
     )
-    return replace(model, classifier=classifier(model, h.labels)) if h.labels else model
+    return with_decoder_classifier(model, h, h.classifier_dropout)
 
 
 def to_hf(model: c.Model) -> dict[str, Any]:
@@ -95,6 +93,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
         "initializer_range": model.init.std,
         "scale_attn_weights": block.attention.scale is None,
         "tie_word_embeddings": model.head.tied if model.head else True,
+        "classifier_dropout": model.classifier.dropout if model.classifier else 0.1,
         **generic_labels(model),
     }
 
@@ -114,7 +113,7 @@ def names(model: c.Model) -> dict[str, Weight]:
         **layered("decoder.blocks.{}.", "transformer.h.{}.", len(only(model.decoder).blocks), table),
         "decoder.final_norm": Weight("transformer.ln_f"),
         "head.logits": Weight("lm_head"),
-        "classifier.out": Weight("score"),
+        "classifier.out": Weight("classifier" if model.classifier and model.classifier.of == "tokens" else "score"),
     }
 
 
@@ -141,7 +140,7 @@ GPT2 = Family(
     to_hf=to_hf,
     names=names,
     duplicates=duplicates,
-    classifier=classifier,
+    classifier=decoder_classifier,
     prefix="transformer.",
     heads=r"(lm_head|score|multiple_choice_head|qa_outputs|classifier)\.",
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)$",

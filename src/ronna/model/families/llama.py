@@ -1,7 +1,6 @@
 """Llama (Touvron et al. 2023), Qwen2 (attention biases), Qwen3 (normed queries and keys): one decoder."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -19,6 +18,7 @@ from ronna.model.families.base import (
     Settings,
     Weight,
     architecture,
+    decoder_classifier,
     generic_labels,
     head_size,
     hub_activation,
@@ -28,6 +28,7 @@ from ronna.model.families.base import (
     read,
     rope_parameters,
     rope_scaling,
+    with_decoder_classifier,
 )
 
 
@@ -50,6 +51,7 @@ class LlamaSettings(Settings):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_dropout: Rate = 0.0
+    classifier_dropout: Rate = 0.0  # of tokens; transformers has 0.1 where a folder does not say it
     mlp_bias: bool = False
     num_local_experts: Literal[1] = 1
     num_experts: Literal[1] = 1
@@ -81,10 +83,6 @@ class Qwen3Settings(Qwen2Settings):
 
 
 SETTINGS: dict[str, type[Settings]] = {"llama": LlamaSettings, "qwen2": Qwen2Settings, "qwen3": Qwen3Settings}
-
-
-def classifier(model: c.Model, labels: int) -> c.Classifier:
-    return c.Classifier(labels, "last", bias=False)
 
 
 def attention_of(h: LlamaSettings, rotary: c.Rotary) -> c.Attention:
@@ -128,7 +126,7 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
         init=c.Init("normal", h.initializer_range),
         context=h.max_position_embeddings,
     )
-    return replace(model, classifier=classifier(model, h.labels)) if h.labels else model
+    return with_decoder_classifier(model, h, h.classifier_dropout)
 
 
 def model_type(attention: c.Attention) -> str:
@@ -162,6 +160,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
         "attention_bias": attention.out_bias,
         "attention_dropout": attention.dropout,
         "mlp_bias": block.ffn.bias,
+        "classifier_dropout": model.classifier.dropout if model.classifier else 0.0,
         **generic_labels(model),
     }
     if model.context:
@@ -251,7 +250,7 @@ LLAMA = Family(
     to_hf=to_hf,
     names=names,
     duplicates=duplicates,
-    classifier=classifier,
+    classifier=decoder_classifier,
     prefix="model.",
     heads=r"(lm_head|score|qa_outputs)\.",
     ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",

@@ -80,11 +80,11 @@ class ModernBertSettings(Settings):
         return (self.rope_scaling or (self.rope_parameters or {}).get(kind) or Rope()).rotary(theta)
 
 
-def classifier(model: c.Model, labels: int) -> c.Classifier:
+def classifier(model: c.Model, labels: int, of: c.Unit) -> c.Classifier:
     transform = model.head.transform if model.head else None
     norm = transform.norm if transform else only(model.encoder).final_norm
     act, bias = (transform.act, transform.bias) if transform else ("gelu", False)
-    return c.Classifier(labels, model.pool or "first", act, dense_bias=bias, norm=norm)
+    return c.Classifier(labels, model.pool or "first", act, dense_bias=bias, norm=norm, of=of)
 
 
 def from_hf(config: Mapping[str, Any]) -> c.Model:
@@ -116,9 +116,9 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
         context=h.max_position_embeddings,
         pool="mean" if h.classifier_pooling == "mean" else None,
     )
-    if h.labels is None:
+    if h.unit is None:
         return model
-    return replace(model, classifier=replace(classifier(model, h.labels), dropout=h.classifier_dropout))
+    return replace(model, classifier=replace(classifier(model, h.labels, h.unit), dropout=h.classifier_dropout))
 
 
 def attention_keys(stack: c.Stack) -> dict[str, Any]:

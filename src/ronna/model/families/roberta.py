@@ -33,11 +33,11 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
 
 def twice_dropped(made: c.Classifier) -> c.Classifier:
     """Unlike BERT's, the dense layer reads with dropout too."""
-    return replace(made, dense_dropout=made.dropout)
+    return replace(made, dense_dropout=made.dropout) if made.dense else made
 
 
-def classifier(model: c.Model, labels: int) -> c.Classifier:
-    return twice_dropped(bert.classifier(model, labels))
+def classifier(model: c.Model, labels: int, of: c.Unit) -> c.Classifier:
+    return twice_dropped(bert.classifier(model, labels, of))
 
 
 def to_hf(model: c.Model) -> dict[str, Any]:
@@ -53,13 +53,14 @@ def to_hf(model: c.Model) -> dict[str, Any]:
 
 
 def names(model: c.Model) -> dict[str, Weight]:
+    dense = model.classifier is not None and model.classifier.dense is not None
     return {
         **bert.body_names("roberta.", len(only(model.encoder).blocks)),
         "head.dense": Weight("lm_head.dense"),
         "head.norm": Weight("lm_head.layer_norm"),
         "head.logits.bias": Weight("lm_head.bias"),
         "classifier.dense": Weight("classifier.dense"),
-        "classifier.out": Weight("classifier.out_proj"),
+        "classifier.out": Weight("classifier.out_proj" if dense else "classifier"),
     }
 
 

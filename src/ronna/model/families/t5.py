@@ -60,7 +60,7 @@ def feed_forward_proj(ffn: c.FeedForward) -> str:
 
 def from_hf(config: Mapping[str, Any]) -> c.Model:
     h = read(T5Settings, config)
-    if h.labels is not None:
+    if h.unit is not None:
         raise RonnaError("T5 with a classifier is not supported", where="config.json: architectures")
     norm = c.Norm("rms", h.layer_norm_epsilon)
     attention = c.Attention(h.num_heads, h.d_kv, scale=1.0, dropout=h.dropout_rate)

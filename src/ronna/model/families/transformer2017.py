@@ -53,7 +53,7 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
     h = read(MarianSettings, config)
     if (h.decoder_vocab_size or h.vocab_size) != h.vocab_size:
         raise RonnaError("two vocabularies are not supported", where="config.json: decoder_vocab_size")
-    if h.labels is not None:
+    if h.unit is not None:
         raise RonnaError("Marian with a classifier is not supported", where="config.json: architectures")
     norm, act = c.Norm("layer"), ACTIVATIONS[h.activation_function]
 

@@ -1,0 +1,136 @@
+"""What `finetune`, `evaluate` and `predict` ask of a task, and what tasks share."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from ronna.data.badrows import BadRow, BadRows
+from ronna.data.sources import Record
+from ronna.model.config import Classifier, Model
+from ronna.model.families import Family
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Objective
+from ronna.tasks.metrics import Scores
+from ronna.tasks.schema import Columns
+from ronna.text.tokenizer import Tokenizer
+
+
+class Row(Protocol):
+    """A usable record."""
+
+    @property
+    def key(self) -> str:
+        """What the model will read, as one string: rows of one key are twins."""
+        ...
+
+    @property
+    def label(self) -> Any:
+        """What it is to answer; None where nobody has said."""
+        ...
+
+
+class Task(Objective, Protocol):
+    """An objective that answers: rows -> examples -> scores -> answers and measures.
+
+    The class knows how rows of its kind are read; an instance knows labels and tokenizer too. Examples are the items
+    of training, one a row; scores are in their order.
+    """
+
+    @property
+    def kind(self) -> str:
+        """As a run file calls it."""
+        ...
+
+    @property
+    def labels(self) -> list[str]: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def problem_type(self) -> str | None:
+        """As config.json calls it, where transformers has a word for it."""
+        ...
+
+    @property
+    def folder_keys(self) -> dict[str, Any]:
+        """What else config.json is to say, for `restore`."""
+        ...
+
+    @property
+    def monitor(self) -> str:
+        """The metric, higher is better, that early stopping and the choice of the best checkpoint look at."""
+        ...
+
+    @classmethod
+    def columns(
+        cls, record: Record, *, text: str | None, pair: str | None, label: str | None, labelled: bool = True
+    ) -> Columns:
+        """Which columns to read, by a first record and the user's names. Raises RonnaError."""
+        ...
+
+    @classmethod
+    def row(cls, record: Record, columns: Columns) -> Row:
+        """Raises BadRow for a record without a usable input or label."""
+        ...
+
+    @classmethod
+    def learn(cls, config: Any, rows: Sequence[Any], tokenizer: Tokenizer, length: int) -> Self:
+        """The task that the training rows set. Raises RonnaError."""
+        ...
+
+    @classmethod
+    def restore(cls, config: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> Self:
+        """The task of a folder, by its config.json."""
+        ...
+
+    def classifier(self, family: Family, model: Model) -> Classifier: ...
+
+    def rows(self, texts: Sequence[Any], pairs: Sequence[str] | None) -> list[Any]:
+        """Unlabelled rows of what a caller has at hand."""
+        ...
+
+    def check_labels(self, rows: Sequence[Any], where: str) -> None:
+        """Raises RonnaError for a label that the training data does not have."""
+        ...
+
+    def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
+
+    def infer(self, model: Transformer, examples: Sequence[Any]) -> Any: ...
+
+    def mean_loss(self, examples: Sequence[Any], scores: Any) -> float: ...
+
+    def measure(self, examples: Sequence[Any], scores: Any) -> Scores: ...
+
+    def decode(self, rows: Sequence[Any], scores: Any) -> list[dict[str, Any]]:
+        """What `predict` says of each row."""
+        ...
+
+
+def read_rows(task: type[Task], records: Iterable[Record], columns: Columns, bad: BadRows) -> Iterator[Any]:
+    """Usable rows; others are set aside with their place."""
+    labels: dict[Any, Any] = {}
+
+    def convert(record: Record) -> Row:
+        row = task.row(record, columns)
+        key = record.fields.get("id")
+        if isinstance(key, str | int) and labels.setdefault(key, row.label) != row.label:
+            raise BadRow("same id, two labels", f"id {key!r} was {labels[key]!r} before, now {row.label!r}")
+        return row
+
+    return bad.sift(records, convert)
+
+
+def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length whose tokens stay below `batch_tokens`."""
+    batch: list[int] = []
+    total = 0
+    for i in np.argsort(lengths, kind="stable")[::-1].tolist():
+        if batch and total + lengths[i] > batch_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += lengths[i]
+    if batch:
+        yield batch
