@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ronna.base.errors import RonnaError
 from ronna.run import Interrupted, Training, prepare_run
@@ -164,7 +165,7 @@ def newest(out: Path) -> int:
     return max(steps, default=0)
 
 
-def tuning(model: Path, out: Path) -> FinetuneRun:
+def tuning(model: Path, out: Path, **more: Any) -> FinetuneRun:
     rng = random.Random(1)
     train = out.parent / "train.jsonl"
     rows = [
@@ -178,6 +179,7 @@ def tuning(model: Path, out: Path) -> FinetuneRun:
             "model": {"name": str(model), "dropout": 0.1},
             "data": {"train": str(train)},
             "train": {"steps": STEPS, "batch": 8, "micro_batch": 5, "length": 32, "evaluate_every": 2},
+            **more,
         }
     )
 
@@ -194,6 +196,32 @@ def test_fine_tuning_resumes_with_the_same_weights_and_leaves_unused_rows_alone(
         cut_at(prepare_run(tuning(tiny_bert, tmp_path / str(k))), k)
         prepare_run(tuning(tiny_bert, tmp_path / str(k)), resume=True).execute()
         assert digest(tmp_path / str(k)) == digest(tmp_path / "whole"), f"cut at step {k}"
+
+
+@pytest.mark.parametrize("kind", ["lora", "houlsby", "bitfit"])
+def test_an_adapter_resumes_with_the_same_weights_from_the_adapter_alone(kind, tiny_bert, tmp_path):
+    def run(name: str | int) -> FinetuneRun:
+        more = {"lora": {"dropout": 0.1, "dora": True}}.get(kind, {})
+        return tuning(tiny_bert, tmp_path / str(name), peft={"kind": kind, **more})
+
+    prepare_run(run("whole")).execute()
+    wanted = load_file(tmp_path / "whole" / "model" / "adapter_model.safetensors")
+    for k in range(1, STEPS):
+        cut_at(prepare_run(run(k)), k)
+        checkpoint = tmp_path / str(k) / "checkpoints" / f"step-{k:08d}"
+        assert {p.name for p in checkpoint.rglob("*.safetensors")} == {
+            "adapter_model.safetensors", "optimizer.safetensors", "trained.safetensors",
+        }  # fmt: skip
+        prepare_run(run(k), resume=True).execute()
+        found = load_file(tmp_path / str(k) / "model" / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted), f"cut at {k}"
+    base = load_file(tiny_bert / "model.safetensors")
+    moved = tmp_path / "other"
+    shutil.copytree(tiny_bert, moved)
+    save_file({n: t + 1e-3 for n, t in base.items()}, moved / "model.safetensors", metadata={"format": "pt"})
+    other = run(1).model_copy(update={"model": run(1).model.model_copy(update={"name": str(moved)})})
+    with pytest.raises(RonnaError, match="base"):
+        prepare_run(other, resume=True).execute()
 
 
 def test_what_is_tested_at_the_end_is_what_the_folder_gives(tiny_bert, tmp_path):

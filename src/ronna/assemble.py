@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
+from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.loader import sample_rng
@@ -20,12 +21,14 @@ from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, preset, read_config, with_dropout
 from ronna.model.folder import load_folder
 from ronna.model.init import build
+from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Objective, Totals, collate
 from ronna.objectives.clm import CausalLM, CLMConfig
 from ronna.objectives.denoise import Denoise
 from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
+from ronna.peft.methods import PeftConfig, adapt, trained
 from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
@@ -53,6 +56,8 @@ class Parts:
     test: Callable[[Transformer], dict[str, Scores]] = field(default=lambda model: {})
     labels: list[str] | None = None
     problem_type: str | None = None
+    peft: PeftConfig | None = None  # the method, where only an adapter is trained
+    base: str = ""  # the folder that the model came from
     folder_keys: dict[str, Any] = field(default_factory=dict)  # for config.json
     used: Tensor | None = None  # the token ids in `data`, in order; None: not counted
 
@@ -235,11 +240,27 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     saved = tokenizer.with_max_length(length)
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type, parts.folder_keys = task.labels, task.problem_type, task.folder_keys
+    if run.peft is not None:
+        train_adapter(run.peft, run, parts, folder)
     parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))
     held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
     parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
     parts.test = lambda best: {n: task.measure(e, task.infer(best, e)) for n, e in held.items()}
     return parts
+
+
+def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Path) -> None:
+    """Freeze the model but for a fresh adapter, and remember which base it belongs to."""
+    if run.model.scratch:
+        fix = "leave out one of the two"
+        raise RonnaError("an adapter of new weights has no base to stand on", where="model.scratch", fix=fix)
+    adapt(parts.model, method, seed=run.seed)
+    learning = sum(p.numel() for p in trained(parts.model).values())
+    say(f"{method.kind}: {learning:,} weights learn, {learning / parts.model.cfg.params():.2%} of the model's")
+    hub = run.model.name.startswith(HUB)
+    parts.peft, parts.base = method, run.model.name.removeprefix(HUB) if hub else str(folder.resolve())
+    parts.hashes["base"] = fingerprint(folder)
+    parts.folder_keys = {**parts.folder_keys, "base_fingerprint": parts.hashes["base"]}
 
 
 def judge(task: Task, model: Transformer, examples: list[Any]) -> Evaluation:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from ronna.assemble import Parts, assemble_finetune, assemble_pretrain
@@ -25,10 +24,10 @@ from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.compiled import compile_blocks, wants_compile
-from ronna.model.folder import load_folder, save_folder
+from ronna.peft.methods import freeze_to
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
-from ronna.text.tokenizer import Tokenizer
+from ronna.stored import Store, open_folder
 from ronna.train.checkpoint import load_latest
 from ronna.train.checkpointer import Checkpointer
 from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
@@ -55,7 +54,7 @@ class Training:
 
     def __init__(self, run: AnyRun, parts: Parts, device: torch.device, resume: bool, heap: Heap | None = None):
         self.run, self.parts, self.device, self.resume, self.heap = run, parts, device, resume, heap
-        self.out = Path(run.out)
+        self.out, self.store = Path(run.out), Store(parts)
         config = run.train
         micro = config.micro_batch or config.batch
         if parts.lengths is None:
@@ -110,9 +109,9 @@ class Training:
             def save(now: Progress) -> None:
                 saver.save(
                     now.step,
-                    tensors={"optimizer": optimizer_tensors(optimizers, named())},
-                    model=parts.model.state_dict(),
-                    write_model=self.write_model,
+                    tensors={"optimizer": optimizer_tensors(optimizers, named()), **self.store.apart()},
+                    model=self.store.tensors(),
+                    write_model=self.store.write,
                     state=now.to_json(),
                 )
 
@@ -135,30 +134,15 @@ class Training:
         if self.checkpoint is None:
             return Progress()
         self.notes += [*self.checkpoint.notes, f"resuming from {self.checkpoint.path.name}"]
-        cfg = self.parts.model.cfg
-        saved = load_folder(self.checkpoint.model_dir, head=cfg.head is not None, classifier=cfg.classifier)
-        self.parts.model.load_state_dict(saved.model.state_dict())
+        self.store.restore(self.checkpoint)
         return Progress(**self.checkpoint.state)
-
-    def write_model(self, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
-        parts = self.parts
-        save_folder(
-            parts.model,
-            parts.family,
-            folder,
-            tensors=tensors,
-            labels=parts.labels,
-            problem_type=parts.problem_type,
-            extra_config=token_ids(parts.tokenizer) | parts.folder_keys,
-        )
-        parts.tokenizer.save(folder)
 
     def keep_best(self) -> None:
         """Put the present weights at out/model, whole or not at all."""
         final, fresh, old = self.out / "model", self.out / "model.new", self.out / "model.old"
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.write_model(fresh)
+        self.store.write(fresh)
         if final.exists():
             os.rename(final, old)
         os.rename(fresh, final)
@@ -171,8 +155,7 @@ class Training:
         cfg = self.parts.model.cfg
         best, dtype = self.parts.model, self.parts.model.compute
         if isinstance(self.run, FinetuneRun):  # the folder, in the precision in which `evaluate` will read it
-            best = load_folder(self.out / "model", head=cfg.head is not None, classifier=cfg.classifier).model
-            best = best.to(self.device, dtype)
+            best = open_folder(self.out / "model").model.to(self.device, dtype)
         best.compute = dtype
         scores = self.parts.test(best)
         for name, measured in scores.items():
@@ -199,12 +182,6 @@ class Training:
         return report.model_dump(mode="json")
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that transformers reads from config.json to pad, begin and end."""
-    roles = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    return {f"{role}_token_id": i for role, i in roles.items() if i is not None}
-
-
 def training_account(p: Progress) -> dict[str, Any]:
     return {
         "steps": p.step,
@@ -229,6 +206,8 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
     parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run)
     parts.model.compute = dtype
     parts.model.to(device)
+    if parts.peft is not None:
+        freeze_to(parts.model, dtype)
     cfg = parts.model.cfg
     say(f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})")
     return Training(run, parts, device, resume, heap)

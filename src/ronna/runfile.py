@@ -9,6 +9,7 @@ from ronna.base.track import WandbConfig
 from ronna.objectives.clm import CLMConfig
 from ronna.objectives.denoise import DenoiseConfig
 from ronna.objectives.mlm import MLMConfig
+from ronna.peft.methods import PeftConfig
 from ronna.serve.sampling import GenerateConfig
 from ronna.tasks.classify import ClassifyConfig
 from ronna.tasks.registry import TaskConfig
@@ -74,6 +75,7 @@ class FinetuneRun(Config):
     model: ModelConfig
     data: RecordsConfig
     task: TaskConfig = ClassifyConfig()
+    peft: PeftConfig | None = None  # None: every weight learns
     optim: OptimizerConfig = AdamW(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
     schedule: Schedule = Linear(warmup=0.06)
     train: TrainConfig = TrainConfig(epochs=3)

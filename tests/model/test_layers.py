@@ -49,8 +49,14 @@ class Wrapped(Linear):
         return super().forward(input) + 1
 
 
-def test_a_changed_map_is_called_itself():
-    a, b, x = Wrapped(8, 16), Linear(8, 4), torch.randn(100, 8)
+class Changed(Linear):
+    def changed(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output * input.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Changed])
+def test_a_changed_map_changes_merged_products_too(kind):
+    a, b, x = kind(8, 16), Linear(8, 4), torch.randn(100, 8)
     torch.testing.assert_close(merged(x, a, b), (a(x), b(x)))
 
 

@@ -229,8 +229,7 @@ def save_folder(
     the disk refuses.
     """
     cfg, folder = model.cfg, Path(folder)
-    config = merged_config(family, cfg, labels, problem_type, extra_config or {})
-    refuse_untrue(family, cfg, config)
+    config = folder_config(family, cfg, labels, problem_type, extra_config)
     state = model.state_dict() if tensors is None else tensors
     bare = family.prefix if cfg.head is None and cfg.classifier is None else ""
     names, pieces = family.names(cfg), dict[str, list[tuple[Weight, str]]]()
@@ -244,8 +243,37 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
     config["dtype"] = dtype_name(dtype or state["embedding.tokens.weight"].dtype)
+    write_config(folder, config)
+
+
+def save_config(
+    cfg: c.Model,
+    family: Family,
+    folder: Path,
+    *,
+    labels: list[str] | None = None,
+    problem_type: str | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json alone, as `save_folder` does."""
+    write_config(folder, folder_config(family, cfg, labels, problem_type, extra_config))
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def folder_config(
+    family: Family,
+    cfg: c.Model,
+    labels: list[str] | None,
+    problem_type: str | None,
+    extra_config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    config = merged_config(family, cfg, labels, problem_type, extra_config or {})
+    refuse_untrue(family, cfg, config)
+    return config
 
 
 def fuse(parts: list[tuple[Weight, str]], state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:

@@ -30,29 +30,35 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        return self.changed(input, F.linear(input, self.weight.to(input.dtype), bias))
+
+    def changed(self, input: Tensor, output: Tensor) -> Tensor:
+        """What an adapter makes of the output: `peft` gives the class of a module another meaning of this."""
+        return output
 
 
 def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear maps of one input as a single matrix product, which small matrices need to be fast.
 
-    Maps that are more than a plain Linear (an adapter) are called one by one, and so are products of few
-    tokens, where joining the weights would cost more than it saves.
+    Products of few tokens are left apart: joining the weights would cost more than it saves. So are maps that
+    compute in a way of their own.
     """
-    if x.shape[0] < 64 or any(type(m) is not Linear for m in linears):
+    if x.shape[0] < 64 or any(type(m).forward is not Linear.forward for m in linears):
         return tuple(m(x) for m in linears)
-    plain = cast(tuple[Linear, ...], linears)
-    weight = torch.cat([m.weight.to(x.dtype) for m in plain])
-    biases: list[Tensor] = [m.bias for m in plain if m.bias is not None]
+    maps = cast(tuple[Linear, ...], linears)
+    weight = torch.cat([m.weight.to(x.dtype) for m in maps])
+    biases: list[Tensor] = [m.bias for m in maps if m.bias is not None]
     bias = torch.cat(biases).to(x.dtype) if biases else None
-    return F.linear(x, weight, bias).split([m.out_features for m in plain], dim=-1)
+    outputs = F.linear(x, weight, bias).split([m.out_features for m in maps], dim=-1)
+    return tuple(m.changed(x, y) for m, y in zip(maps, outputs, strict=True))
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if input.is_cuda or bias is None:  # the CPU kernel takes fp32 weights with bf16 input as they are
+        # The CPU kernel takes fp32 weights with bf16 input as they are, but not the other way round.
+        if input.is_cuda or bias is None or weight.dtype != torch.float32:
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 

@@ -1,5 +1,6 @@
 """The safetensors files of a model folder: one, or shards with an index. Pickled weights are never read."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -103,6 +104,18 @@ class TensorFiles:
         except SafetensorError as error:
             raise RonnaError(f"{key} cannot be read: {error}", where=str(self.folder), fix=AGAIN) from None
         return part
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of every tensor's name, shape and first rows: quick however large the folder, and training changes it."""
+    total = hashlib.sha256()
+    with TensorFiles(folder) as files:
+        for key in sorted(files.names):
+            shape = files.shape(key)
+            total.update(f"{key} {shape}".encode())
+            head = files.read(key, 0, 8, 0)
+            total.update(head.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def write_tensors(folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], max_shard_bytes: int) -> None:

@@ -32,6 +32,7 @@ MANIFEST, STATE, MODEL = "manifest.json", "state.json", "model"
 FORMAT = 1
 
 _MENDS = {
+    "base": "put the model back that the run was started from, or start in a new output folder",
     "config": "set the config back as it was, or start in a new output folder",
     "tokenizer": "use the tokenizer the run was started with, or start in a new output folder",
     "data": "restore the data the run was started with, or start in a new output folder",

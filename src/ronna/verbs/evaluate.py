@@ -16,12 +16,12 @@ from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRows
 from ronna.data.sources import read_json_stream, read_records, resolve
-from ronna.model.folder import load_folder
 from ronna.model.transformer import Transformer
 from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
 from ronna.serve.decode import Generation, generate, perplexity
 from ronna.serve.sampling import GenerateConfig
+from ronna.stored import open_folder
 from ronna.tasks.base import Task, read_rows
 from ronna.tasks.metrics import perplexity_scores
 from ronna.tasks.registry import task_of
@@ -85,7 +85,7 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
     place = choose_device(device)
     dtype, _ = choose_precision(precision, place)
     where = local_folder(folder)
-    loaded = load_folder(where)
+    loaded = open_folder(folder)
     tokenizer = load_tokenizer(where)
     model = loaded.model.to(place, dtype).eval()
     model.compute = dtype

@@ -1,0 +1,150 @@
+"""Adapters as changes of linear maps: put on, switched, stacked, merged. Names of the base's weights stay as they are.
+
+Legend: T tokens, I inputs and O outputs of a linear map, r rank.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ronna.base.errors import RonnaError
+from ronna.model.layers import Linear
+from ronna.model.transformer import Transformer
+
+
+class Change(nn.Module):
+    """What one adapter does to one linear map."""
+
+    def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
+        """The changed output (T, O), given the map, its input (T, I) and its output as it is without this adapter."""
+        raise NotImplementedError
+
+    def merged_weight(self, base: Linear) -> Tensor:
+        """The weight (O, I), fp32, of the one linear map that does both. Raises RonnaError where there is none."""
+        raise RonnaError("this adapter is no linear map, so it cannot be merged", fix="keep it beside its base")
+
+
+class ChangedLinear(Linear):
+    """A Linear with adapters; only `attach` makes one, out of a Linear that is there."""
+
+    changes: nn.ModuleDict  # every adapter, by name
+    active: tuple[str, ...]  # those at work, the first one nearest to the base
+    kept: Tensor | None  # the weight before a merge
+
+    def changed(self, input: Tensor, output: Tensor) -> Tensor:
+        for name in self.active:
+            output = self.changes[name](self, input, output)
+        return output
+
+
+def change(linear: ChangedLinear, name: str) -> Change:
+    found = linear.changes[name]
+    assert isinstance(found, Change)
+    return found
+
+
+def attach(linear: Linear, name: str, new: Change) -> None:
+    """Put an adapter on a linear map, at work at once. Raises RonnaError where one of this name is there."""
+    if not isinstance(linear, ChangedLinear):
+        linear.__class__ = ChangedLinear
+        linear.changes, linear.active, linear.kept = nn.ModuleDict(), (), None  # type: ignore[assignment]
+    changed = linear
+    assert isinstance(changed, ChangedLinear)
+    if name in changed.changes:
+        raise RonnaError(f"there is an adapter {name!r} already", fix="give this one another name")
+    changed.changes[name] = new.to(changed.weight.device)
+    changed.active = (*changed.active, name)
+
+
+def changed_linears(model: nn.Module) -> Iterator[tuple[str, ChangedLinear]]:
+    for path, module in model.named_modules():
+        if isinstance(module, ChangedLinear):
+            yield path, module
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that a model carries, at work or not."""
+    return list(dict.fromkeys(name for _, linear in changed_linears(model) for name in linear.changes))
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Let these adapters work, in this order, and no others; none is the bare base. RonnaError for an unknown one."""
+    known = adapters(model)
+    for name in names:
+        if name not in known:
+            raise RonnaError(f"no adapter {name!r}", fix=f"there are {', '.join(known) or 'none'}")
+    for _, linear in changed_linears(model):
+        if linear.kept is not None:
+            raise RonnaError("an adapter is merged into the weights", fix="unmerge it first")
+        linear.active = tuple(name for name in names if name in linear.changes)
+
+
+@torch.no_grad()
+def merge(model: Transformer, name: str, *, tolerance: float = 0.01) -> float:
+    """Write an adapter into the base's weights, worked out in fp32; it then works without costing anything.
+
+    Returns how far rounding to the weights' own precision moved the change, as a share of it (Frobenius norms over
+    the whole model). Raises RonnaError, the weights as they were, where that is over the tolerance, as it is where
+    small changes meet large bf16 weights.
+    """
+    found = [(path, linear) for path, linear in changed_linears(model) if name in linear.changes]
+    if not found:
+        raise RonnaError(f"no adapter {name!r}", fix=f"there are {', '.join(adapters(model)) or 'none'}")
+    if any(linear.kept is not None or linear.active != (name,) for _, linear in found):
+        raise RonnaError("only an adapter that works alone can be merged", fix=f"activate {name!r} alone, unmerged")
+    lost = size = 0.0
+    new: list[Tensor] = []
+    for _, linear in found:
+        before, exact = linear.weight.float(), change(linear, name).merged_weight(linear)
+        new.append(exact.to(linear.weight.dtype))
+        lost += float((new[-1].float() - exact).square().sum())
+        size += float((exact - before).square().sum())
+    error = (lost / size) ** 0.5 if size else 0.0
+    if error > tolerance:
+        raise RonnaError(
+            f"in {str(found[0][1].weight.dtype).removeprefix('torch.')} the merged weights would miss "
+            f"{error:.1%} of the change",
+            fix=f"merge into fp32 weights, or accept it with a tolerance above {tolerance:g}",
+        )
+    for (_, linear), weight in zip(found, new, strict=True):
+        linear.kept = linear.weight.detach().clone()
+        linear.weight.copy_(weight)
+        linear.active = ()
+    return error
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module, name: str) -> None:
+    """The base's weights to the bit as before `merge`, the adapter at work beside them."""
+    for _, linear in changed_linears(model):
+        if linear.kept is not None and name in linear.changes:
+            linear.weight.copy_(linear.kept)
+            linear.kept, linear.active = None, (name,)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapter's own weights, under names without its own: `encoder.blocks.0.attention.q.a`."""
+    for path, linear in changed_linears(model):
+        if name in linear.changes:
+            for leaf, parameter in linear.changes[name].named_parameters():
+                yield f"{path}.{leaf}", parameter
+
+
+def targeted(model: Transformer, targets: Sequence[str]) -> list[tuple[str, Linear]]:
+    """The linear maps of the blocks whose name ends in one of `targets` ("q", "ffn.up"; "all": every one).
+
+    Raises RonnaError for a target that nothing answers to.
+    """
+    linears = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, Linear) and ".blocks." in path
+    ]
+    if "all" in targets:
+        return linears
+    found = {target: [path for path, _ in linears if f".{path}".endswith(f".{target}")] for target in targets}
+    if missing := [target for target, paths in found.items() if not paths]:
+        leaves = sorted({path.split(".", 3)[-1] for path, _ in linears})
+        fix = f"use all, or some of {', '.join(leaves)}"
+        raise RonnaError(f"no linear map is called {missing[0]}", where="peft.targets", fix=fix)
+    chosen = {path for paths in found.values() for path in paths}
+    return [(path, module) for path, module in linears if path in chosen]

@@ -1,0 +1,284 @@
+"""Adapters on disk: adapter_config.json and adapter_model.safetensors.
+
+A LoRA is written as the `peft` library has it, under the module names of transformers, so that
+`PeftModel.from_pretrained` gives the same logits. Where transformers has one map for several of ours (GPT-2's
+c_attn), ours stand in it as blocks, its rank their sum. Other methods have no layout that everybody reads: theirs is
+`"peft_type": "RONNA"`, the method's settings under "method", and tensors under our own parameter names.
+
+config.json beside them is the adapted model's, with label names; "base_fingerprint" in it tells another base apart.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ronna.base.errors import RonnaError
+from ronna.model.families import Family, Weight, locate
+from ronna.model.layers import Linear
+from ronna.model.transformer import Transformer
+from ronna.peft.changes import attach, changed_linears
+from ronna.peft.lora import LoraConfig, LowRank
+from ronna.peft.methods import NAME, PeftConfig, adapt
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
+AGAIN = "copy or download the folder again"
+TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", None: "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our linear maps lies in transformers' model."""
+
+    path: str
+    linear: Linear
+    weight: Weight
+
+
+def places(model: Transformer, family: Family) -> dict[str, list[Place]]:
+    """Our linear maps of the blocks by the module of transformers that holds them, in its order."""
+    names = family.names(model.cfg)
+    found: dict[str, list[Place]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and ".blocks." in path:
+            weight = locate(names, f"{path}.weight")
+            found.setdefault(weight.name.removesuffix(".weight"), []).append(Place(path, module, weight))
+    return {module: sorted(some, key=lambda p: p.weight.part) for module, some in found.items()}
+
+
+# Out
+
+
+def write_adapter(
+    model: Transformer,
+    family: Family,
+    folder: Path,
+    config: PeftConfig,
+    base: str,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter that `adapt` attached, and what was trained beside it.
+
+    tensors: the trained state to write instead of the model's own, by full name. Raises OSError or SafetensorError
+    where the disk refuses.
+    """
+    state = dict(tensors) if tensors is not None else {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in state.items()}
+    common = {"base_model_name_or_path": base, "task_type": task_type(model), "inference_mode": True}
+    if isinstance(config, LoraConfig):
+        settings, stored = as_peft(model, family, config, state)
+    else:
+        settings, stored = {"peft_type": "RONNA", "method": config.model_dump(mode="json")}, state
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(common | settings, indent=2) + "\n", encoding="utf-8")
+
+
+def task_type(model: Transformer) -> str:
+    if model.classifier is None and model.cfg.encoder is not None:
+        return "SEQ_2_SEQ_LM" if model.cfg.decoder is not None else "FEATURE_EXTRACTION"
+    return TASKS[model.classifier.cfg.of if model.classifier is not None else None]
+
+
+def as_peft(
+    model: Transformer, family: Family, config: LoraConfig, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and tensors of a LoRA, in the names of the `peft` library."""
+    stored: dict[str, Tensor] = {}
+    targets, ranks, alphas = [], {}, {}
+    own = set()
+    for module, some in places(model, family).items():
+        parts = [(p, f"{p.path}.changes.{NAME}") for p in some if f"{p.path}.changes.{NAME}.a" in state]
+        if not parts:
+            continue
+        own |= {f"{name}.{leaf}" for _, name in parts for leaf in ("a", "b", "magnitude")}
+        rows = some[0].linear.out_features
+        a = [state[f"{name}.a"] for _, name in parts]
+        b = torch.zeros(rows * parts[0][0].weight.parts, sum(len(x) for x in a))
+        at = 0
+        for (place, name), x in zip(parts, a, strict=True):
+            top = place.weight.part * rows
+            b[top : top + rows, at : at + len(x)] = state[f"{name}.b"]
+            at += len(x)
+        stored[f"{PREFIX}{module}.lora_A.weight"], stored[f"{PREFIX}{module}.lora_B.weight"] = torch.cat(a), b
+        if config.dora:
+            whole = torch.cat([magnitude(p, state) for p in some])
+            stored[f"{PREFIX}{module}.lora_magnitude_vector"] = whole
+        targets.append(module)
+        if at != config.rank:
+            ranks[module] = at
+            alphas[module] = config.scale * (at**0.5 if config.rslora else at)
+    names = family.names(model.cfg)
+    beside = {name: locate(names, name).name for name in state if name not in own}
+    stored |= {PREFIX + theirs: state[ours] for ours, theirs in beside.items()}
+    settings = {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": "none",
+        "fan_in_fan_out": any(p.weight.transpose for some in places(model, family).values() for p in some),
+        "target_modules": targets,
+        "modules_to_save": sorted({saved_module(theirs) for theirs in beside.values()}) or None,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+    return settings, stored
+
+
+def saved_module(key: str) -> str:
+    """The module that `peft` is to keep whole: it takes a classifier at its root, whatever is inside."""
+    root = key.partition(".")[0]
+    return root if root in ("classifier", "score") else key.rpartition(".")[0]
+
+
+def magnitude(place: Place, state: Mapping[str, Tensor]) -> Tensor:
+    """A map's learnt lengths, or those it has, which change nothing."""
+    learnt = state.get(f"{place.path}.changes.{NAME}.magnitude")
+    return torch.linalg.vector_norm(place.linear.weight.detach().float(), dim=1).cpu() if learnt is None else learnt
+
+
+# In
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as it lies on the disk."""
+
+    folder: Path
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def base(self) -> str:
+        return str(self.settings["base_model_name_or_path"])
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def read_adapter(folder: Path) -> AdapterFolder:
+    """Raises RonnaError for a folder that is not a whole adapter, or of a method that we do not have."""
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        base, kind = settings["base_model_name_or_path"], settings["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RonnaError(f"not the settings of an adapter: {error}", where=f"{folder}/{CONFIG}", fix=AGAIN) from None
+    if kind not in ("LORA", "RONNA") or not isinstance(base, str):
+        fix = "use a LoRA folder, or one that `ronna finetune` wrote"
+        raise RonnaError(f"adapters of type {kind!r} are not supported", where=f"{folder}/{CONFIG}", fix=fix)
+    try:
+        return AdapterFolder(folder, settings, load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise RonnaError(f"cannot be read: {error}", where=f"{folder}/{WEIGHTS}", fix=AGAIN) from None
+
+
+def attach_adapter(model: Transformer, family: Family, adapter: AdapterFolder, name: str = NAME) -> None:
+    """Put a read adapter on its base. Raises RonnaError for tensors that do not fit it."""
+    if adapter.settings["peft_type"] == "LORA":
+        used = attach_lora(model, family, adapter, name)
+    else:
+        used = attach_own(model, adapter, name)
+    if unknown := sorted(adapter.tensors.keys() - used):
+        raise RonnaError(f"no place in the model for {', '.join(unknown[:4])}", where=str(adapter.folder), fix=FITS)
+
+
+FITS = "give the base that the adapter was trained on"
+
+
+def attach_lora(model: Transformer, family: Family, adapter: AdapterFolder, name: str) -> set[str]:
+    """Attach what the file holds; returns the keys that were used."""
+    used: set[str] = set()
+    low: dict[str, dict[str, str]] = {}
+    for key in adapter.tensors:
+        if found := LOW_RANK.fullmatch(key.removeprefix(PREFIX)):
+            low.setdefault(found[1], {})[found[2]] = key
+    known = places(model, family)
+    for module, keys in low.items():
+        if module not in known or not {"A", "B"} <= keys.keys():
+            continue  # told as unknown
+        a, b = (adapter.tensors[keys[x]] for x in "AB")
+        scale = lora_scale(adapter.settings, module, len(a))
+        rows = known[module][0].linear.out_features
+        if a.shape[1] != known[module][0].linear.in_features or len(b) != rows * known[module][0].weight.parts:
+            shapes = f"{list(a.shape)}, {list(b.shape)}"
+            raise RonnaError(f"{module}: a LoRA of shapes {shapes}", where=str(adapter.folder), fix=FITS)
+        for place in known[module]:
+            part = slice(place.weight.part * rows, (place.weight.part + 1) * rows)
+            in_use = b[part].abs().sum(0) > 0
+            if place.weight.parts > 1 and not in_use.any():
+                continue  # this part of a joint map was not adapted
+            mine = in_use if place.weight.parts > 1 else slice(None)
+            change = LowRank(place.linear, len(a[mine]), scale, adapter.settings.get("lora_dropout", 0.0))
+            change.a.data, change.b.data = a[mine].clone(), b[part][:, mine].clone()
+            if "magnitude_vector" in keys:
+                change.magnitude = torch.nn.Parameter(adapter.tensors[keys["magnitude_vector"]][part].clone())
+            attach(place.linear, name, change)
+        used |= set(keys.values())
+    return used | copy_beside(model, family, adapter)
+
+
+def lora_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = settings.get("lora_alpha", 8)
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", module):
+            alpha = value
+            break
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def copy_beside(model: Transformer, family: Family, adapter: AdapterFolder) -> set[str]:
+    """Weights of the base that were trained with the adapter, such as a classifier; returns their keys."""
+    names, used = family.names(model.cfg), set()
+    for ours, parameter in model.named_parameters():
+        if ".changes." in ours:
+            continue
+        key = PREFIX + locate(names, ours).name
+        if key in adapter.tensors:
+            put(parameter, adapter.tensors[key], ours, adapter)
+            used.add(key)
+    return used
+
+
+def attach_own(model: Transformer, adapter: AdapterFolder, name: str) -> set[str]:
+    try:
+        config: PeftConfig = TypeAdapter(PeftConfig).validate_python(adapter.settings.get("method"))
+    except ValidationError as error:
+        raise RonnaError(
+            f"settings of no method: {error.errors()[0]['msg']}", where=f"{adapter.folder}/{CONFIG}", fix=AGAIN
+        ) from None
+    adapt(model, config, name=name)
+    used = set()
+    for ours, parameter in model.named_parameters():
+        key = ours.replace(f".changes.{name}.", f".changes.{NAME}.")
+        if key in adapter.tensors:
+            put(parameter, adapter.tensors[key], ours, adapter)
+            used.add(key)
+        elif parameter.requires_grad:
+            raise RonnaError(f"{ours} is missing", where=f"{adapter.folder}/{WEIGHTS}", fix=AGAIN)
+    return used
+
+
+def put(parameter: torch.nn.Parameter, value: Tensor, name: str, adapter: AdapterFolder) -> None:
+    if parameter.shape != value.shape:
+        shapes = f"{list(value.shape)}, the model has {list(parameter.shape)}"
+        raise RonnaError(f"{name} has shape {shapes}", where=str(adapter.folder), fix=FITS)
+    parameter.data.copy_(value)
+
+
+__all__ = ["AdapterFolder", "attach_adapter", "changed_linears", "is_adapter", "read_adapter", "write_adapter"]

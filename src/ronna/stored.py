@@ -1,0 +1,102 @@
+"""What of a model a run writes and reads: the whole of it as a Hugging Face folder, or an adapter as a PEFT folder."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ronna.assemble import Parts
+from ronna.base.errors import RonnaError
+from ronna.base.hub import PREFIX as HUB
+from ronna.base.hub import local_folder
+from ronna.model.families import read_config, read_config_json
+from ronna.model.folder import Loaded, load_folder, save_config, save_folder
+from ronna.model.tensorfiles import fingerprint
+from ronna.peft.folder import AdapterFolder, attach_adapter, is_adapter, read_adapter, write_adapter
+from ronna.peft.methods import trained
+from ronna.text.tokenizer import Tokenizer
+from ronna.train.checkpoint import Checkpoint
+
+
+class Store:
+    """Writes and reads what a run trains. A frozen base is not written again: its folder is named."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model."""
+        return self.parts.model.state_dict() if self.parts.peft is None else dict(trained(self.parts.model))
+
+    def apart(self) -> dict[str, dict[str, Tensor]]:
+        """What `restore` needs in its own names beside the folder that others read."""
+        return {} if self.parts.peft is None else {"trained": self.tensors()}
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """A folder that transformers (or peft) loads, the tokenizer in it. Raises OSError where the disk refuses."""
+        parts = self.parts
+        more: dict[str, Any] = {
+            "labels": parts.labels,
+            "problem_type": parts.problem_type,
+            "extra_config": token_ids(parts.tokenizer) | parts.folder_keys,
+        }
+        if parts.peft is None:
+            save_folder(parts.model, parts.family, folder, tensors=tensors, **more)
+        else:
+            write_adapter(parts.model, parts.family, folder, parts.peft, parts.base, tensors=tensors)
+            save_config(parts.model.cfg, parts.family, folder, **more)
+        parts.tokenizer.save(folder)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """The weights of a checkpoint, to the bit."""
+        model = self.parts.model
+        if self.parts.peft is None:
+            saved = load_folder(checkpoint.model_dir, head=model.cfg.head is not None, classifier=model.cfg.classifier)
+            model.load_state_dict(saved.model.state_dict())
+            return
+        stored = checkpoint.tensors("trained")
+        for name, parameter in trained(model).items():
+            parameter.copy_(stored[name])
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids that transformers reads from config.json to pad, begin and end."""
+    roles = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    return {f"{role}_token_id": i for role, i in roles.items() if i is not None}
+
+
+def open_folder(name: str | Path) -> Loaded:
+    """The model in a folder, with the heads that it has; an adapter's on its base. Raises RonnaError."""
+    folder = local_folder(str(name))
+    if not is_adapter(folder):
+        return load_folder(folder)
+    adapter = read_adapter(folder)
+    base = Path(adapter.base)
+    if not base.is_dir() and str(name).startswith(HUB):  # the adapter is from there, so its base is too
+        base = local_folder(HUB + adapter.base)
+    if not base.is_dir():
+        raise RonnaError(f"its base {adapter.base} is not there", where=str(folder), fix=MOVED)
+    loaded = on_base(adapter, base)
+    attach_adapter(loaded.model, loaded.family, adapter)
+    return loaded
+
+
+MOVED = "put it back, or write where it is into adapter_config.json: base_model_name_or_path"
+
+
+def on_base(adapter: AdapterFolder, base: Path) -> Loaded:
+    """The base with the heads of the adapted model, which the adapter's config.json describes."""
+    if not (adapter.folder / "config.json").is_file():  # another program wrote the adapter
+        return load_folder(base)
+    _, cfg = read_config(adapter.folder)
+    config = read_config_json(adapter.folder)
+    if config.get("base_fingerprint", found := fingerprint(base)) != found:
+        raise RonnaError(
+            f"its base {base} has other weights than it was trained on", where=str(adapter.folder), fix=MOVED
+        )
+    loaded = load_folder(base, head=cfg.classifier is None, classifier=cfg.classifier)
+    return replace(loaded, config=config, notes=[])
