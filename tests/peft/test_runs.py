@@ -9,7 +9,7 @@ import torch
 
 from ronna.cli import main
 
-METHODS = {"lora": ["--lr", "2e-2"], "houlsby": ["--lr", "1e-2"], "bitfit": ["--lr", "3e-2"]}
+METHODS = {"lora": ["--lr", "1e-2"], "houlsby": ["--lr", "1e-2"], "bitfit": ["--lr", "3e-2"]}
 
 
 @pytest.fixture(scope="module")
