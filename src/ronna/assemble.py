@@ -28,7 +28,8 @@ from ronna.objectives.clm import CausalLM, CLMConfig
 from ronna.objectives.denoise import Denoise
 from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
-from ronna.peft.methods import PeftConfig, adapt, trained
+from ronna.peft.adalora import AdaLoraConfig, Orthogonal, triplets_of
+from ronna.peft.methods import NAME, PeftConfig, adapt, trained
 from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
@@ -255,6 +256,8 @@ def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Pa
         fix = "leave out one of the two"
         raise RonnaError("an adapter of new weights has no base to stand on", where="model.scratch", fix=fix)
     adapt(parts.model, method, seed=run.seed)
+    if isinstance(method, AdaLoraConfig):
+        parts.objective = Orthogonal(parts.objective, triplets_of(parts.model, NAME), method.orthogonality)
     learning = sum(p.numel() for p in trained(parts.model).values())
     say(f"{method.kind}: {learning:,} weights learn, {learning / parts.model.cfg.params():.2%} of the model's")
     hub = run.model.name.startswith(HUB)

@@ -6,10 +6,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from ronna.assemble import Parts, assemble_finetune, assemble_pretrain
@@ -24,7 +26,8 @@ from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.compiled import compile_blocks, wants_compile
-from ronna.peft.methods import freeze_to
+from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
+from ronna.peft.methods import NAME, freeze_to
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.stored import Store, open_folder
@@ -65,6 +68,9 @@ class Training:
         tokens_a_step = config.batch * (config.length if parts.lengths is None else float(parts.lengths.mean()))
         wanted = config.tokens / tokens_a_step if config.tokens else (config.epochs or 1) * per_epoch
         self.total_steps = config.steps or max(1, round(wanted))
+        self.allocator: Allocator | None = None
+        if isinstance(parts.peft, AdaLoraConfig):
+            self.allocator = Allocator(triplets_of(parts.model, NAME), parts.peft, self.total_steps)
         self.hashes = parts.hashes | {"config": identity(run)}
         self.notes: list[str] = []
 
@@ -109,7 +115,7 @@ class Training:
             def save(now: Progress) -> None:
                 saver.save(
                     now.step,
-                    tensors={"optimizer": optimizer_tensors(optimizers, named()), **self.store.apart()},
+                    tensors={"optimizer": optimizer_tensors(optimizers, named()), **self.apart()},
                     model=self.store.tensors(),
                     write_model=self.store.write,
                     state=now.to_json(),
@@ -120,8 +126,9 @@ class Training:
                 run.seed, tracker, progress, parts.evaluate, save,
                 self.keep_best if isinstance(run, FinetuneRun) else None, saved_step=progress.step, rows=rows,
             )  # fmt: skip
-            if self.heap is not None:
-                loop.hooks.append(self.heap)
+            loop.hooks += [hook for hook in (self.heap, self.allocator) if hook is not None]
+            if self.allocator is not None:
+                loop.hooks.append(partial(self.forget_larger, loop.progress))
             if progress.step == 0:
                 peak = float(optimizers[0].param_groups[0]["initial_lr"])
                 loop.hooks.append(FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps)))
@@ -135,7 +142,18 @@ class Training:
             return Progress()
         self.notes += [*self.checkpoint.notes, f"resuming from {self.checkpoint.path.name}"]
         self.store.restore(self.checkpoint)
+        if self.allocator is not None:
+            self.allocator.load(self.checkpoint.tensors("allocator"))
         return Progress(**self.checkpoint.state)
+
+    def forget_larger(self, progress: Progress, step: int) -> None:
+        """A model of more ranks than are asked for is not to be the best one."""
+        if self.allocator is not None and self.allocator.settles(step):
+            progress.best, progress.since_best = None, 0
+
+    def apart(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint of an adapter holds beside its folder and the optimizer's states."""
+        return self.store.apart() | ({"allocator": self.allocator.state()} if self.allocator is not None else {})
 
     def keep_best(self) -> None:
         """Put the present weights at out/model, whole or not at all."""

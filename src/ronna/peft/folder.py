@@ -25,6 +25,7 @@ from ronna.base.errors import RonnaError
 from ronna.model.families import Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
+from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.changes import attach, changed_linears
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME, PeftConfig, adapt
@@ -76,7 +77,7 @@ def write_adapter(
     state = dict(tensors) if tensors is not None else {n: p for n, p in model.named_parameters() if p.requires_grad}
     state = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in state.items()}
     common = {"base_model_name_or_path": base, "task_type": task_type(model), "inference_mode": True}
-    if isinstance(config, LoraConfig):
+    if isinstance(config, LoraConfig | AdaLoraConfig):
         settings, stored = as_peft(model, family, config, state)
     else:
         settings, stored = {"peft_type": "RONNA", "method": config.model_dump(mode="json")}, state
@@ -92,51 +93,64 @@ def task_type(model: Transformer) -> str:
 
 
 def as_peft(
-    model: Transformer, family: Family, config: LoraConfig, state: Mapping[str, Tensor]
+    model: Transformer, family: Family, config: LoraConfig | AdaLoraConfig, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and tensors of a LoRA, in the names of the `peft` library."""
+    """adapter_config.json and tensors of a LoRA, in the names of the `peft` library.
+
+    AdaLoRA's triplets are a LoRA too once their numbers are multiplied in: of the ranks that are left.
+    """
     stored: dict[str, Tensor] = {}
+    rank = config.rank if isinstance(config, LoraConfig) else config.target_rank
+    scale = config.scale
+    rslora, dora = (config.rslora, config.dora) if isinstance(config, LoraConfig) else (False, False)
     targets, ranks, alphas = [], {}, {}
-    own = set()
-    for module, some in places(model, family).items():
-        parts = [(p, f"{p.path}.changes.{NAME}") for p in some if f"{p.path}.changes.{NAME}.a" in state]
+    known = places(model, family)
+    for module, some in known.items():
+        parts = [(p.weight.part, *factors) for p in some if (factors := low_rank(state, p.path))]
         if not parts:
             continue
-        own |= {f"{name}.{leaf}" for _, name in parts for leaf in ("a", "b", "magnitude")}
-        rows = some[0].linear.out_features
-        a = [state[f"{name}.a"] for _, name in parts]
-        b = torch.zeros(rows * parts[0][0].weight.parts, sum(len(x) for x in a))
-        at = 0
-        for (place, name), x in zip(parts, a, strict=True):
-            top = place.weight.part * rows
-            b[top : top + rows, at : at + len(x)] = state[f"{name}.b"]
-            at += len(x)
-        stored[f"{PREFIX}{module}.lora_A.weight"], stored[f"{PREFIX}{module}.lora_B.weight"] = torch.cat(a), b
-        if config.dora:
-            whole = torch.cat([magnitude(p, state) for p in some])
-            stored[f"{PREFIX}{module}.lora_magnitude_vector"] = whole
+        rows, at = some[0].linear.out_features, 0
+        whole = torch.zeros(rows * some[0].weight.parts, sum(len(a) for _, a, _ in parts))
+        for part, a, b in parts:
+            whole[part * rows : (part + 1) * rows, at : at + len(a)] = b
+            at += len(a)
+        stored[f"{PREFIX}{module}.lora_A.weight"] = torch.cat([a for _, a, _ in parts])
+        stored[f"{PREFIX}{module}.lora_B.weight"] = whole
+        if dora:
+            stored[f"{PREFIX}{module}.lora_magnitude_vector"] = torch.cat([magnitude(p, state) for p in some])
         targets.append(module)
-        if at != config.rank:
-            ranks[module] = at
-            alphas[module] = config.scale * (at**0.5 if config.rslora else at)
+        if at != rank:
+            ranks[module], alphas[module] = at, scale * (at**0.5 if rslora else at)
     names = family.names(model.cfg)
-    beside = {name: locate(names, name).name for name in state if name not in own}
+    beside = {name: locate(names, name).name for name in state if ".changes." not in name}
     stored |= {PREFIX + theirs: state[ours] for ours, theirs in beside.items()}
     settings = {
         "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.alpha,
+        "r": rank,
+        "lora_alpha": scale * (rank**0.5 if rslora else rank),
         "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
+        "use_rslora": rslora,
+        "use_dora": dora,
         "bias": "none",
-        "fan_in_fan_out": any(p.weight.transpose for some in places(model, family).values() for p in some),
+        "fan_in_fan_out": any(p.weight.transpose for some in known.values() for p in some),
         "target_modules": targets,
         "modules_to_save": sorted({saved_module(theirs) for theirs in beside.values()}) or None,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
     return settings, stored
+
+
+def low_rank(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor] | None:
+    """The factors a (r, I) and b (O, r) of a map's adapter; None where it has none, or no rank is left of it."""
+    name = f"{path}.changes.{NAME}"
+    if f"{name}.a" not in state:
+        return None
+    a, b, e = state[f"{name}.a"], state[f"{name}.b"], state.get(f"{name}.e")
+    if e is not None:
+        kept = e != 0
+        a, b = (a * e[:, None])[kept], b[:, kept]
+    return (a, b) if len(a) else None
 
 
 def saved_module(key: str) -> str:

@@ -11,6 +11,7 @@ from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 from ronna.model.layers import LayerNorm, RMSNorm
 from ronna.model.transformer import Transformer
+from ronna.peft.adalora import AdaLoraConfig, add_adalora
 from ronna.peft.changes import adapter_parameters
 from ronna.peft.houlsby import HoulsbyConfig, add_houlsby
 from ronna.peft.lora import LoraConfig, add_lora
@@ -24,7 +25,7 @@ class BitFitConfig(Config):
     kind: Literal["bitfit"] = "bitfit"
 
 
-PeftConfig = Annotated[LoraConfig | HoulsbyConfig | BitFitConfig, Field(discriminator="kind")]
+PeftConfig = Annotated[LoraConfig | AdaLoraConfig | HoulsbyConfig | BitFitConfig, Field(discriminator="kind")]
 
 
 def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = NAME) -> None:
@@ -35,6 +36,8 @@ def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = 
     match config:
         case LoraConfig():
             add_lora(model, config, name, seed)
+        case AdaLoraConfig():
+            add_adalora(model, config, name, seed)
         case HoulsbyConfig():
             add_houlsby(model, config, name, seed)
     learning = {id(p) for _, p in adapter_parameters(model, name)}
