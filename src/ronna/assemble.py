@@ -28,7 +28,8 @@ from ronna.objectives.clm import CausalLM, CLMConfig
 from ronna.objectives.denoise import Denoise
 from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
-from ronna.peft.adalora import AdaLoraConfig, Orthogonal, triplets_of
+from ronna.objectives.penalty import Penalised
+from ronna.peft.adalora import AdaLoraConfig, orthogonality, triplets_of
 from ronna.peft.methods import NAME, PeftConfig, adapt, trained
 from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun
 from ronna.tasks.base import Task
@@ -257,7 +258,8 @@ def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Pa
         raise RonnaError("an adapter of new weights has no base to stand on", where="model.scratch", fix=fix)
     adapt(parts.model, method, seed=run.seed)
     if isinstance(method, AdaLoraConfig):
-        parts.objective = Orthogonal(parts.objective, triplets_of(parts.model, NAME), method.orthogonality)
+        changes, weight = triplets_of(parts.model, NAME), method.orthogonality
+        parts.objective = Penalised(parts.objective, "orthogonality", lambda: weight * orthogonality(changes))
     learning = sum(p.numel() for p in trained(parts.model).values())
     say(f"{method.kind}: {learning:,} weights learn, {learning / parts.model.cfg.params():.2%} of the model's")
     hub = run.model.name.startswith(HUB)

@@ -123,7 +123,8 @@ def settings() -> list[tuple[Family, str, str, Any]]:
 def test_every_setting_counts_and_survives(family: Family, kind: str, key: str, value: Any) -> None:
     """Another value is another model, with the one head or the other, and `to_hf` writes it down."""
     differs = False
-    heads = ([], ["XForSequenceClassification"], ["XForTokenClassification"]) if family.classifier else ([],)
+    kinds = ("Sequence", "Token", "Relation") if family.classifier else ()
+    heads = [[], *([f"XFor{kind}Classification"] for kind in kinds)]
     for classes in heads:
         base = {"model_type": kind, "architectures": classes}
         without: dict[str, Any] = {"head": None} if classes else {}
@@ -133,14 +134,15 @@ def test_every_setting_counts_and_survives(family: Family, kind: str, key: str, 
     assert differs
 
 
-@pytest.mark.parametrize("of", ["sequence", "tokens"])
+@pytest.mark.parametrize("of", ["sequence", "tokens", "pair"])
 @pytest.mark.parametrize("name", [n for f in FAMILIES if f.classifier for n in list(f.presets)[:1]])
 def test_classifiers_survive_it_too(name: str, of: Unit) -> None:
     family, model = preset(name)
     classifier = classifier_for(family, model, 7, of)
     model = replace(model, head=None, classifier=classifier)
     config = family.to_hf(model)
-    assert config["architectures"][0].endswith({"sequence": "ForSequence", "tokens": "ForToken"}[of] + "Classification")
+    ending = {"sequence": "ForSequence", "tokens": "ForToken", "pair": "ForRelation"}[of]
+    assert config["architectures"][0].endswith(ending + "Classification")
     assert hf.AutoConfig.for_model(**config).num_labels == 7
     assert family.from_hf(config).classifier == classifier
 

@@ -17,9 +17,9 @@ from ronna.tasks.classify import (
     Row,
     collect_labels,
     detect_problem,
-    usable_label,
 )
 from ronna.tasks.encoding import fit
+from ronna.tasks.labels import usable_label
 from ronna.tasks.schema import Columns, find_columns, overlap
 from ronna.text.tokenizer import load_tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"]
 Pool = Literal["first", "last", "mean"]
-Unit = Literal["sequence", "tokens"]  # what a classifier scores
+Unit = Literal["sequence", "tokens", "pair"]  # what a classifier scores; a pair: two tokens of each sequence, together
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Classifier:
-    """The last hidden states to `labels` scores: of each sequence, its states pooled into one, or of each token."""
+    """The last hidden states to `labels` scores: of each sequence, its states pooled into one, of each token, or of
+    two tokens of each sequence, their states side by side."""
 
     labels: int
     pool: Pool = "first"
@@ -241,17 +242,22 @@ class Classifier:
 
     def params(self, dim: int) -> int:
         dense = dim * dim + dim * self.dense_bias if self.dense else 0
-        return dense + (self.norm.params(dim) if self.norm else 0) + self.labels * (dim + self.bias)
+        return dense + (self.norm.params(dim) if self.norm else 0) + self.labels * (self.states * dim + self.bias)
+
+    @property
+    def states(self) -> int:
+        """Hidden states that one row of scores is made of, after pooling."""
+        return 2 if self.of == "pair" else 1
 
     def reads(self, sequences: int, length: int, predicted: int | None = None) -> int:
         """Positions whose states it needs, `predicted` of them (None: all) where it scores tokens."""
         if self.of == "tokens":
             return sequences * length if predicted is None else predicted
-        return sequences * (length if self.pool == "mean" else 1)
+        return sequences * (length if self.pool == "mean" and self.of == "sequence" else self.states)
 
     def flops(self, dim: int, vectors: int) -> int:
-        """For so many sequences or tokens."""
-        return 2 * vectors * dim * (self.labels + (dim if self.dense else 0))
+        """For so many sequences, tokens or pairs."""
+        return 2 * vectors * self.states * dim * (self.labels + (dim if self.dense else 0))
 
 
 @dataclass(frozen=True)
@@ -319,7 +325,7 @@ class Model:
         if self.head:
             total += self.head.flops(self.dim, self.embedding.vocab, words)
         if self.classifier:
-            total += self.classifier.flops(self.dim, sequences if self.classifier.of == "sequence" else scored)
+            total += self.classifier.flops(self.dim, scored if self.classifier.of == "tokens" else sequences)
         return total
 
 

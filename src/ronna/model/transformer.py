@@ -160,18 +160,18 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Hidden states, those at `reads`, to scores: (B, labels) of sequences or (M, labels) of tokens."""
+    """Hidden states, those at `reads`, to scores: (B, labels) of sequences or pairs, (M, labels) of tokens."""
 
     def __init__(self, cfg: c.Classifier, dim: int):
         super().__init__()
         self.cfg = cfg
         self.dense = Linear(dim, dim, bias=cfg.dense_bias) if cfg.dense else None
         self.norm = make_norm(cfg.norm, dim)
-        self.out = Linear(dim, cfg.labels, bias=cfg.bias)
+        self.out = Linear(cfg.states * dim, cfg.labels, bias=cfg.bias)
 
     def reads(self, sequences: Sequences, at: Tensor | None) -> Tensor | None:
         """Places whose states the scores are made of: the tokens `at`, or what is pooled; None: all."""
-        if self.cfg.of == "tokens":
+        if self.cfg.of != "sequence":
             return at
         match self.cfg.pool:
             case "first":
@@ -181,7 +181,7 @@ class Classifier(nn.Module):
         return None
 
     def pool(self, x: Tensor, sequences: Sequences) -> Tensor:
-        if self.cfg.of == "tokens" or self.cfg.pool != "mean":
+        if self.cfg.of != "sequence" or self.cfg.pool != "mean":
             return x
         sums = x.new_zeros(len(sequences), x.shape[-1]).index_add(0, sequences.owner, x)
         return sums / sequences.lengths.to(x.device, x.dtype)[:, None]
@@ -191,7 +191,8 @@ class Classifier(nn.Module):
         if self.dense is not None and self.cfg.dense is not None:
             x = dropout(x, self.cfg.dense_dropout, self.training)
             x = self.norm(ACTIVATIONS[self.cfg.dense](self.dense(x)))
-        return self.out(dropout(x, self.cfg.dropout, self.training)).float()
+        x = dropout(x, self.cfg.dropout, self.training)
+        return self.out(x.view(-1, self.cfg.states * x.shape[-1])).float()
 
 
 class Transformer(nn.Module):
@@ -258,7 +259,7 @@ class Transformer(nn.Module):
         at: Tensor | None = None,
     ) -> Tensor:
         """The classifier's scores in fp32: (B, labels), or (M, labels) of the tokens `at` (M,) where it scores tokens
-        (None: all T)."""
+        (None: all T). Where it scores pairs, `at` (2 B,) are two places of each sequence."""
         assert self.classifier is not None, "this model has no classifier"
         states = self.hidden(tokens, sequences, segments, memory, at=self.classifier.reads(sequences, at))
         return self.classifier(states, sequences)

@@ -3,7 +3,6 @@
 Legend: I inputs, O outputs, r initial rank, R all triplets (a column of P, a number of L, a row of Q) of all maps.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +14,6 @@ from ronna.base.config import Config
 from ronna.model.init import generator
 from ronna.model.layers import Linear, dropout
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Objective, Sample
 from ronna.peft.changes import Change, attach, changed_linears, targeted
 
 
@@ -79,39 +77,21 @@ def triplets_of(model: nn.Module, name: str) -> list[Triplets]:
     return [change for change in found if isinstance(change, Triplets)]
 
 
-@dataclass(frozen=True)
-class Orthogonal:
-    """An objective with the penalty that keeps every P and Q near orthogonal.
+def orthogonality(changes: list[Triplets]) -> Tensor:
+    """The mean, over every P and Q, of ||P^T P - I|| (Frobenius), whose gradient keeps them near orthogonal.
 
-    weight times the mean, over all of them, of ||P^T P - I|| (Frobenius): the authors' code, whose paper writes the
-    sum of squares.
+    So the authors' code has it; their paper writes the sum of the squares.
     """
-
-    objective: Objective
-    changes: list[Triplets]
-    weight: float
-
-    def samples(self, item: object, rng: object) -> list[Sample]:
-        return self.objective.samples(item, rng)  # type: ignore[arg-type]
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        return self.objective.counts(batch) | {"orthogonality": 1}
-
-    def loss(self, model: Transformer, batch: Batch) -> Loss:
-        loss = self.objective.loss(model, batch)
-        return Loss(loss.sums | {"orthogonality": self.weight * self.penalty()}, loss.stats)
-
-    def penalty(self) -> Tensor:
-        sides: dict[tuple[int, int], list[Tensor]] = {}  # those of one shape are worked out together
-        for change in self.changes:
-            for side in (change.a, change.b.T):
-                sides.setdefault(tuple(side.shape), []).append(side)  # type: ignore[arg-type]
-        norms = []
-        for some in sides.values():
-            rows = torch.stack(some)
-            gram = rows @ rows.mT
-            norms.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device)))
-        return torch.cat(norms).mean()
+    sides: dict[tuple[int, ...], list[Tensor]] = {}  # those of one shape are worked out together
+    for change in changes:
+        for side in (change.a, change.b.T):
+            sides.setdefault(tuple(side.shape), []).append(side)
+    norms = []
+    for some in sides.values():
+        rows = torch.stack(some)
+        gram = rows @ rows.mT
+        norms.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device)))
+    return torch.cat(norms).mean()
 
 
 class Allocator:

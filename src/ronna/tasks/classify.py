@@ -25,6 +25,7 @@ from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.base import like_lengths
 from ronna.tasks.encoding import encode_inputs
+from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
 from ronna.tasks.schema import Columns, find_columns
@@ -78,25 +79,6 @@ def usable_row(record: Record, columns: Columns) -> Row:
         texts.append(value)
     label = usable_label(record.fields.get(columns.label), columns.label) if columns.label else None
     return Row(texts[0] or "", texts[1], label)
-
-
-def usable_label(label: Any, column: str) -> Any:
-    if isinstance(label, list):
-        return [usable_label(x, column) for x in label]
-    if label is None or label == "":
-        raise BadRow("no label", f"{column} is empty")
-    if isinstance(label, float) and not math.isfinite(label):
-        raise BadRow("label is not a number or a name", f"{column} = {label}")
-    if isinstance(label, dict):
-        raise BadRow("label is not a number or a name", f"{column} is an object")
-    return label
-
-
-def label_name(label: Any) -> str:
-    """1, 1.0 and "1" are the same label: a CSV with a blank somewhere must not rename its classes."""
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label)
 
 
 def detect_problem(labels: Sequence[Any]) -> Problem:
@@ -196,16 +178,8 @@ class Classify:
         """Raises RonnaError for a label that the training data does not have."""
         if self.problem == "regression":
             return
-        known = set(self.labels)
-        for row in rows:
-            for label in row.label if isinstance(row.label, list) else [row.label]:
-                if label_name(label) not in known:
-                    raise RonnaError(
-                        f"label {label!r} is not among the {len(known)} labels of the training data "
-                        f"({', '.join(self.labels[:12])}{', ...' if len(known) > 12 else ''})",
-                        where=where,
-                        fix="correct it, or add training rows that have it",
-                    )
+        given = (x for row in rows for x in (row.label if isinstance(row.label, list) else [row.label]))
+        check_known(map(label_name, given), self.labels, where)
 
     def target(self, label: Any) -> Any:
         if label is None:

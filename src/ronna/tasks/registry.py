@@ -4,15 +4,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ronna.model.config import Classifier
+from ronna.model.config import Classifier, Unit
 from ronna.tasks.base import Task
 from ronna.tasks.classify import Classify, ClassifyConfig
+from ronna.tasks.relation import Relation, RelationConfig
 from ronna.tasks.tag import Tag, TagConfig
 
-TaskConfig = Annotated[ClassifyConfig | TagConfig, Field(discriminator="kind")]
-TASKS: dict[str, type[Task]] = {"classify": Classify, "tag": Tag}
+TaskConfig = Annotated[ClassifyConfig | TagConfig | RelationConfig, Field(discriminator="kind")]
+TASKS: dict[str, type[Task]] = {"classify": Classify, "tag": Tag, "relation": Relation}
+OF: dict[Unit, type[Task]] = {"sequence": Classify, "tokens": Tag, "pair": Relation}
 
 
 def task_of(classifier: Classifier) -> type[Task]:
     """The task that a folder with this classifier was made for."""
-    return Tag if classifier.of == "tokens" else Classify
+    return OF[classifier.of]

@@ -35,7 +35,11 @@ def hub_activation(act: Activation) -> str:
 
 
 # How transformers' class of a folder ends where it holds a classifier of ours.
-CLASSIFIERS: dict[Unit, str] = {"sequence": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+CLASSIFIERS: dict[Unit, str] = {
+    "sequence": "ForSequenceClassification",
+    "tokens": "ForTokenClassification",
+    "pair": "ForRelationClassification",  # which transformers does not have: it reads such a folder as a bare model
+}
 
 
 class Settings(BaseModel):
@@ -223,17 +227,17 @@ def one_head(model: Model, family: str) -> None:
 
 def decoder_classifier(model: Model, labels: int, of: Unit) -> Classifier:
     """GPT-2's and Llama's: of a sequence its last state, of tokens each one's behind dropout."""
-    if of == "tokens":
+    if of != "sequence":
         return Classifier(labels, dropout=model.embedding.dropout, of=of)
     return Classifier(labels, "last", bias=False)
 
 
 def with_decoder_classifier(model: Model, h: Settings, dropout: float) -> Model:
-    """The model with the classifier that the folder's architecture has, if it has one; only tokens have dropout."""
+    """The model with the classifier that the folder's architecture has, if any; a sequence's has no dropout."""
     if h.unit is None:
         return model
     classifier = decoder_classifier(model, h.labels, h.unit)
-    return replace(model, classifier=replace(classifier, dropout=dropout if h.unit == "tokens" else 0.0))
+    return replace(model, classifier=replace(classifier, dropout=0.0 if h.unit == "sequence" else dropout))
 
 
 def architecture(model: Model, stem: str, lm: str) -> list[str]:

@@ -39,7 +39,7 @@ class Gpt2Settings(Settings):
     resid_pdrop: Rate = 0.1
     embd_pdrop: Rate = 0.1
     attn_pdrop: Rate = 0.1
-    classifier_dropout: Rate = 0.1  # of tokens
+    classifier_dropout: Rate = 0.1  # of tokens and pairs
     layer_norm_epsilon: Positive = 1e-5
     initializer_range: Positive = 0.02
     scale_attn_weights: bool = True
@@ -113,7 +113,7 @@ def names(model: c.Model) -> dict[str, Weight]:
         **layered("decoder.blocks.{}.", "transformer.h.{}.", len(only(model.decoder).blocks), table),
         "decoder.final_norm": Weight("transformer.ln_f"),
         "head.logits": Weight("lm_head"),
-        "classifier.out": Weight("classifier" if model.classifier and model.classifier.of == "tokens" else "score"),
+        "classifier.out": Weight("classifier" if model.classifier and model.classifier.of != "sequence" else "score"),
     }
 
 

@@ -51,7 +51,7 @@ class LlamaSettings(Settings):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_dropout: Rate = 0.0
-    classifier_dropout: Rate = 0.0  # of tokens; transformers has 0.1 where a folder does not say it
+    classifier_dropout: Rate = 0.0  # of tokens and pairs; transformers has 0.1 where a folder does not say it
     mlp_bias: bool = False
     num_local_experts: Literal[1] = 1
     num_experts: Literal[1] = 1

@@ -84,6 +84,8 @@ def classifier(model: c.Model, labels: int, of: c.Unit) -> c.Classifier:
     transform = model.head.transform if model.head else None
     norm = transform.norm if transform else only(model.encoder).final_norm
     act, bias = (transform.act, transform.bias) if transform else ("gelu", False)
+    if of == "pair":
+        return c.Classifier(labels, model.pool or "first", of=of)
     return c.Classifier(labels, model.pool or "first", act, dense_bias=bias, norm=norm, of=of)
 
 

@@ -1,0 +1,30 @@
+"""An objective with a further term that no sample has a part in: what the weights themselves are to be like."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Batch, Loss, Objective, Sample
+
+
+@dataclass(frozen=True)
+class Penalised:
+    """`penalty` gives a number; it counts once a step, however the batch is cut into micro-batches."""
+
+    objective: Objective
+    name: str
+    penalty: Callable[[], Tensor]
+
+    def samples(self, item: Any, rng: np.random.Generator) -> list[Sample]:
+        return self.objective.samples(item, rng)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return self.objective.counts(batch) | {self.name: 1}
+
+    def loss(self, model: Transformer, batch: Batch) -> Loss:
+        loss = self.objective.loss(model, batch)
+        return Loss(loss.sums | {self.name: self.penalty()}, loss.stats)

@@ -1,0 +1,39 @@
+"""Labels as people write them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ronna.base.errors import RonnaError
+from ronna.data.badrows import BadRow
+
+
+def usable_label(label: Any, column: str) -> Any:
+    if isinstance(label, list):
+        return [usable_label(x, column) for x in label]
+    if label is None or label == "":
+        raise BadRow("no label", f"{column} is empty")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise BadRow("label is not a number or a name", f"{column} = {label}")
+    if isinstance(label, dict):
+        raise BadRow("label is not a number or a name", f"{column} is an object")
+    return label
+
+
+def label_name(label: Any) -> str:
+    """1, 1.0 and "1" are the same label: a CSV with a blank somewhere must not rename its classes."""
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return str(label)
+
+
+def check_known(labels: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raises RonnaError for a label that the training data does not have."""
+    for label in labels:
+        if label not in known:
+            raise RonnaError(
+                f"label {label!r} is not among the {len(known)} labels of the training data "
+                f"({', '.join(known[:12])}{', ...' if len(known) > 12 else ''})",
+                where=where,
+                fix="correct it, or add training rows that have it",
+            )
