@@ -167,6 +167,55 @@ MUTANTS = [
         "False",
         "tests/train/test_loop.py::test_a_non_finite_step_changes_nothing_and_is_counted",
     ),
+    Mutant(
+        "tags of the next token",
+        "tasks/tag.py",
+        "places = first[own] - start + len(before)",
+        "places = first[own] - start + len(before) + 1",
+        "tests/tasks/test_tag.py::test_a_long_sentence_is_windowed_and_counted_or_refused",
+    ),
+    Mutant(
+        "illegal tags allowed",
+        "tasks/tags.py",
+        "barred = np.where(rules.follow, np.float32(0), IMPOSSIBLE)",
+        "barred = np.zeros_like(rules.follow, np.float32)",
+        "tests/tasks/test_tags.py::test_the_best_legal_sequence_by_trying_all[bio]",
+    ),
+    Mutant(
+        "relations the wrong way round",
+        "tasks/metrics.py",
+        "parts = member[true] & (true == guess)[:, None]",
+        "parts = member[true] & member[guess]",
+        "tests/tasks/test_relation.py::test_macro_f1_is_the_task_s_by_hand",
+    ),
+    Mutant(
+        "answers end before they start",
+        "tasks/span_qa.py",
+        "sums = starts[: len(starts) - d] + ends[d:]",
+        "sums = starts[d:] + ends[: len(ends) - d]",
+        "tests/tasks/test_span_qa.py::test_the_best_span_over_windows_or_none",
+    ),
+    Mutant(
+        "a LoRA scaled twice",
+        "peft/lora.py",
+        "return torch.addmm(y, h, (self.b * self.scale).to(x.dtype).T)",
+        "return torch.addmm(y, h * self.scale, (self.b * self.scale).to(x.dtype).T)",
+        "tests/peft/test_changes.py::test_lora_is_its_formula",
+    ),
+    Mutant(
+        "parts of a joint LoRA mixed up",
+        "peft/folder.py",
+        "whole[part * rows : (part + 1) * rows, at : at + len(a)] = b",
+        "whole[:rows, at : at + len(a)] += b",
+        "tests/peft/test_folder.py::test_peft_loads_ours_for_the_same_logits[gpt2-lora]",
+    ),
+    Mutant(
+        "importance not smoothed",
+        "peft/adalora.py",
+        "self.sensitivity.lerp_(now, 1 - self.config.beta1)",
+        "self.sensitivity.copy_(now)",
+        "tests/peft/test_adalora.py::test_importance_and_what_is_kept_are_those_of_the_peft_library",
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ from ronna.base.track import say
 from ronna.data.badrows import BadRows
 from ronna.data.sources import find_splits, read_records, resolve
 from ronna.runfile import RecordsConfig
-from ronna.tasks.base import Row, Task, read_rows
+from ronna.tasks.base import Row, Task, read_rows, unfolded
 from ronna.tasks.schema import overlap, peek
 
 
@@ -38,7 +38,7 @@ def read_splits(
     for name, paths in splits.items():
         quarantine = out / f"quarantine-{name}.jsonl"
         bad = BadRows(limit=data.max_bad_rows, quarantine_file=quarantine)
-        first, records = peek(read_records(paths, bad=bad))
+        first, records = peek(unfolded(task, read_records(paths, bad=bad), bad))
         assert first is not None  # an empty file has been refused
         columns = task.columns(first, text=data.text, pair=data.text_pair, label=data.label)
         if name == "train":

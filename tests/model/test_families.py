@@ -22,6 +22,7 @@ from ronna.model.families import (
     read_config,
     with_dropout,
 )
+from ronna.model.families.base import CLASSIFIERS
 from ronna.model.folder import parameter_names
 
 PRESETS = [name for family in FAMILIES for name in family.presets]
@@ -123,8 +124,8 @@ def settings() -> list[tuple[Family, str, str, Any]]:
 def test_every_setting_counts_and_survives(family: Family, kind: str, key: str, value: Any) -> None:
     """Another value is another model, with the one head or the other, and `to_hf` writes it down."""
     differs = False
-    kinds = ("Sequence", "Token", "Relation") if family.classifier else ()
-    heads = [[], *([f"XFor{kind}Classification"] for kind in kinds)]
+    kinds = CLASSIFIERS.values() if family.classifier else ()
+    heads = [[], *([f"X{kind}"] for kind in kinds)]
     for classes in heads:
         base = {"model_type": kind, "architectures": classes}
         without: dict[str, Any] = {"head": None} if classes else {}
@@ -134,15 +135,14 @@ def test_every_setting_counts_and_survives(family: Family, kind: str, key: str, 
     assert differs
 
 
-@pytest.mark.parametrize("of", ["sequence", "tokens", "pair"])
+@pytest.mark.parametrize("of", ["sequence", "tokens", "spans", "pair"])
 @pytest.mark.parametrize("name", [n for f in FAMILIES if f.classifier for n in list(f.presets)[:1]])
 def test_classifiers_survive_it_too(name: str, of: Unit) -> None:
     family, model = preset(name)
     classifier = classifier_for(family, model, 7, of)
     model = replace(model, head=None, classifier=classifier)
     config = family.to_hf(model)
-    ending = {"sequence": "ForSequence", "tokens": "ForToken", "pair": "ForRelation"}[of]
-    assert config["architectures"][0].endswith(ending + "Classification")
+    assert config["architectures"][0].endswith(CLASSIFIERS[of])
     assert hf.AutoConfig.for_model(**config).num_labels == 7
     assert family.from_hf(config).classifier == classifier
 

@@ -64,23 +64,28 @@ class Case:
         return model
 
 
+def classes(stem: str) -> tuple[type[hf.PreTrainedModel], ...]:
+    kinds = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+    return tuple(getattr(hf, f"{stem}For{kind}") for kind in kinds)
+
+
 CASES = {
     "bert": Case(
         hf.BertConfig, hf.BertForMaskedLM, TINY | {"max_position_embeddings": 32},
-        (hf.BertForSequenceClassification, hf.BertForTokenClassification), segments=True,
+        classes("Bert"), segments=True,
     ),
     "roberta": Case(
         hf.RobertaConfig, hf.RobertaForMaskedLM, TINY | {"max_position_embeddings": 34, "pad_token_id": 0},
-        (hf.RobertaForSequenceClassification, hf.RobertaForTokenClassification),
+        classes("Roberta"),
     ),
     "gpt2": Case(
         hf.GPT2Config, hf.GPT2LMHeadModel,
         {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 32, "pad_token_id": 0},
-        (hf.GPT2ForSequenceClassification, hf.GPT2ForTokenClassification),
+        classes("GPT2"),
     ),
     "llama": Case(
         hf.LlamaConfig, hf.LlamaForCausalLM, TINY | {"num_key_value_heads": 2, "pad_token_id": 0},
-        (hf.LlamaForSequenceClassification, hf.LlamaForTokenClassification),
+        classes("Llama"),
     ),
     "llama scaled": Case(
         hf.LlamaConfig, hf.LlamaForCausalLM,
@@ -89,7 +94,7 @@ CASES = {
     ),
     "qwen2": Case(
         hf.Qwen2Config, hf.Qwen2ForCausalLM, TINY | {"num_key_value_heads": 2},
-        (hf.Qwen2ForTokenClassification,),
+        classes("Qwen2")[1:],
     ),
     "qwen3": Case(
         hf.Qwen3Config, hf.Qwen3ForCausalLM,
@@ -102,7 +107,7 @@ CASES = {
     ),
     "modernbert": Case(
         hf.ModernBertConfig, hf.ModernBertForMaskedLM, TINY | {"local_attention": 8, "pad_token_id": 0},
-        (hf.ModernBertForSequenceClassification, hf.ModernBertForTokenClassification),
+        classes("ModernBert"),
     ),
     "marian": Case(hf.MarianConfig, hf.MarianMTModel, MARIAN),
 }  # fmt: skip
@@ -162,7 +167,9 @@ def theirs(case: Case, model: Any, batch: Texts) -> Tensor:
             logits = model(**read, decoder_input_ids=ids, decoder_attention_mask=mask).logits
         else:
             more = {"token_type_ids": pad(batch.segments)} if case.segments else {}
-            logits = model(ids, attention_mask=mask, **more).logits
+            out = model(ids, attention_mask=mask, **more)
+            spans = "start_logits" in out
+            logits = torch.stack([out.start_logits, out.end_logits], -1) if spans else out.logits
     return logits[mask.bool()] if logits.ndim == 3 else logits
 
 

@@ -58,7 +58,7 @@ def test_operations_by_formula_are_those_counted(pair: Pair) -> None:
 
 @pytest.mark.parametrize(("case", "cls"), CLASSIFIERS, ids=NAMES)
 def test_a_classifier_of_tokens_scores_those_asked_for(case: Case, cls: Any, tmp_path: Path) -> None:
-    case.build(cls, num_labels=5).save_pretrained(tmp_path)
+    case.build(cls, num_labels=2).save_pretrained(tmp_path)
     model, batch, at = load_folder(tmp_path).model.eval(), texts(LENGTHS, SOURCES), torch.tensor([3, 20, 40, 68])
     whole = scores(case, model, batch)
     read = ours(case, model, batch, partial(model.scores, at=at))

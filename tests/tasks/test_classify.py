@@ -154,12 +154,12 @@ def test_the_focal_loss_is_its_formula(tiny_bert, problem):
 def test_decoding(tiny_bert):
     scores = np.array([[2.0, 0.0], [-1.0, 3.0]], dtype=np.float32)
     rows = [Row("a", None, None)] * 2
-    single = task(tiny_bert).decode(rows, scores)
+    single = task(tiny_bert).decode(rows, [], scores)
     assert [a["label"] for a in single] == ["bad", "good"]
     assert single[0]["probability"] == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-6)
-    multi = task(tiny_bert, "multi", threshold=0.9).decode(rows, scores)
+    multi = task(tiny_bert, "multi", threshold=0.9).decode(rows, [], scores)
     assert [a["labels"] for a in multi] == [[], ["good"]]
-    regression = task(tiny_bert, "regression", ("score",)).decode(rows, scores[:, :1])
+    regression = task(tiny_bert, "regression", ("score",)).decode(rows, [], scores[:, :1])
     assert regression == [{"score": 2.0}, {"score": -1.0}]
 
 

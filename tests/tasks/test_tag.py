@@ -210,11 +210,13 @@ def test_answers_say_where_entities_stand(tiny_bert):
     sure[[0, 1, 2], [3, 4, 0]] = -0.1  # B-PER I-PER O
     [by_text], [by_words] = own.rows(["Phil S won"], None), own.rows([["Phil", "S", "won"]], None)
     said = {"type": "PER", "text": "Phil S", "probability": pytest.approx(np.exp(-0.1), abs=1e-6)}
-    assert own.decode([by_text], [sure]) == [{"entities": [said | {"start": 0, "end": 6}]}]
-    assert own.decode([by_words], [sure]) == [{"entities": [said | {"words": [0, 2]}], "tags": ["B-PER", "I-PER", "O"]}]
+    assert own.decode([by_text], [], [sure]) == [{"entities": [said | {"start": 0, "end": 6}]}]
+    assert own.decode([by_words], [], [sure]) == [
+        {"entities": [said | {"words": [0, 2]}], "tags": ["B-PER", "I-PER", "O"]}
+    ]
     illegal = np.full((1, 5), -10.0, np.float32)
     illegal[0, 4] = -0.1  # I-PER alone
-    assert own.decode(own.rows([["Phil"]], None), [illegal])[0]["tags"] != ["I-PER"]
+    assert own.decode(own.rows([["Phil"]], None), [], [illegal])[0]["tags"] != ["I-PER"]
 
 
 def test_the_loss_is_a_cross_entropy_over_words(tiny_bert):

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"]
 Pool = Literal["first", "last", "mean"]
-Unit = Literal["sequence", "tokens", "pair"]  # what a classifier scores; a pair: two tokens of each sequence, together
+# What a classifier scores: a sequence, each of its tokens, each token as a start and as an end, two tokens together.
+Unit = Literal["sequence", "tokens", "spans", "pair"]
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class Classifier:
 
     def reads(self, sequences: int, length: int, predicted: int | None = None) -> int:
         """Positions whose states it needs, `predicted` of them (None: all) where it scores tokens."""
-        if self.of == "tokens":
+        if self.of in ("tokens", "spans"):
             return sequences * length if predicted is None else predicted
         return sequences * (length if self.pool == "mean" and self.of == "sequence" else self.states)
 
@@ -325,7 +326,7 @@ class Model:
         if self.head:
             total += self.head.flops(self.dim, self.embedding.vocab, words)
         if self.classifier:
-            total += self.classifier.flops(self.dim, scored if self.classifier.of == "tokens" else sequences)
+            total += self.classifier.flops(self.dim, scored if self.classifier.of in ("tokens", "spans") else sequences)
         return total
 
 

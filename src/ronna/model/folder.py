@@ -92,12 +92,14 @@ class Stored:
     def __init__(self, files: TensorFiles, family: Family, where: str):
         self.files, self.family, self.where = files, family, where
         prefix = family.prefix
-        bare = not any(key.startswith(prefix) for key in files.names)
+        bare = not any(key.startswith((prefix, family.spans_prefix or prefix)) for key in files.names)
         self.keys: dict[str, str] = {}
         for key in files.names:
             full = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
             full = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", full)
-            if bare and not re.match(family.heads, full):
+            if family.spans_prefix and full.startswith(family.spans_prefix):
+                full = prefix + full.removeprefix(family.spans_prefix)
+            elif bare and not re.match(family.heads, full):
                 full = prefix + full
             if not re.match(family.ignored, full):
                 self.keys[full] = key
@@ -235,7 +237,7 @@ def save_folder(
     names, pieces = family.names(cfg), dict[str, list[tuple[Weight, str]]]()
     for name in parameter_names(cfg):
         weight = locate(names, name)
-        pieces.setdefault(weight.name.removeprefix(bare), []).append((weight, name))
+        pieces.setdefault(family.stored_name(cfg, weight.name).removeprefix(bare), []).append((weight, name))
     sizes = {
         key: sum(state[name].numel() * (dtype or state[name].dtype).itemsize for _, name in parts)
         for key, parts in sorted(pieces.items())

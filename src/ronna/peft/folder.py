@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 AGAIN = "copy or download the folder again"
-TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", None: "CAUSAL_LM"}
+TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "spans": "QUESTION_ANS", "pair": "FEATURE_EXTRACTION"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def places(model: Transformer, family: Family) -> dict[str, list[Place]]:
     for path, module in model.named_modules():
         if isinstance(module, Linear) and ".blocks." in path:
             weight = locate(names, f"{path}.weight")
-            found.setdefault(weight.name.removesuffix(".weight"), []).append(Place(path, module, weight))
+            stored = family.stored_name(model.cfg, weight.name)
+            found.setdefault(stored.removesuffix(".weight"), []).append(Place(path, module, weight))
     return {module: sorted(some, key=lambda p: p.weight.part) for module, some in found.items()}
 
 
@@ -87,9 +88,11 @@ def write_adapter(
 
 
 def task_type(model: Transformer) -> str:
-    if model.classifier is None and model.cfg.encoder is not None:
-        return "SEQ_2_SEQ_LM" if model.cfg.decoder is not None else "FEATURE_EXTRACTION"
-    return TASKS[model.classifier.cfg.of if model.classifier is not None else None]
+    if model.classifier is not None:
+        return TASKS[model.classifier.cfg.of]
+    if model.cfg.decoder is None:
+        return "FEATURE_EXTRACTION"
+    return "CAUSAL_LM" if model.cfg.encoder is None else "SEQ_2_SEQ_LM"
 
 
 def as_peft(
@@ -122,7 +125,9 @@ def as_peft(
         if at != rank:
             ranks[module], alphas[module] = at, scale * (at**0.5 if rslora else at)
     names = family.names(model.cfg)
-    beside = {name: locate(names, name).name for name in state if ".changes." not in name}
+    beside = {
+        name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
+    }
     stored |= {PREFIX + theirs: state[ours] for ours, theirs in beside.items()}
     settings = {
         "peft_type": "LORA",
@@ -156,7 +161,7 @@ def low_rank(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor] | 
 def saved_module(key: str) -> str:
     """The module that `peft` is to keep whole: it takes a classifier at its root, whatever is inside."""
     root = key.partition(".")[0]
-    return root if root in ("classifier", "score") else key.rpartition(".")[0]
+    return root if root in ("classifier", "score", "qa_outputs") else key.rpartition(".")[0]
 
 
 def magnitude(place: Place, state: Mapping[str, Tensor]) -> Tensor:
@@ -262,7 +267,7 @@ def copy_beside(model: Transformer, family: Family, adapter: AdapterFolder) -> s
     for ours, parameter in model.named_parameters():
         if ".changes." in ours:
             continue
-        key = PREFIX + locate(names, ours).name
+        key = PREFIX + family.stored_name(model.cfg, locate(names, ours).name)
         if key in adapter.tensors:
             put(parameter, adapter.tensors[key], ours, adapter)
             used.add(key)

@@ -71,6 +71,11 @@ class Task(Objective, Protocol):
         ...
 
     @classmethod
+    def unfold(cls, record: Record) -> Iterator[Record]:
+        """The records that a record stands for: mostly itself."""
+        ...
+
+    @classmethod
     def row(cls, record: Record, columns: Columns) -> Row:
         """Raises BadRow for a record without a usable input or label."""
         ...
@@ -103,7 +108,7 @@ class Task(Objective, Protocol):
 
     def measure(self, examples: Sequence[Any], scores: Any) -> Scores: ...
 
-    def decode(self, rows: Sequence[Any], scores: Any) -> list[dict[str, Any]]:
+    def decode(self, rows: Sequence[Any], examples: Sequence[Any], scores: Any) -> list[dict[str, Any]]:
         """What `predict` says of each row."""
         ...
 
@@ -120,6 +125,15 @@ def read_rows(task: type[Task], records: Iterable[Record], columns: Columns, bad
         return row
 
     return bad.sift(records, convert)
+
+
+def unfolded(task: type[Task], records: Iterable[Record], bad: BadRows) -> Iterator[Record]:
+    """Records as the task wants them, each a row of the account."""
+    for record in records:
+        bad.rows_in -= 1
+        for part in task.unfold(record):
+            bad.rows_in += 1
+            yield part
 
 
 def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ Legend: B sequences, K labels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -110,6 +110,10 @@ class Classify:
     weights: Tensor | None = None  # (K,), of the loss
 
     kind = "classify"
+
+    @classmethod
+    def unfold(cls, record: Record) -> Iterator[Record]:
+        yield record
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Row:
@@ -251,7 +255,7 @@ class Classify:
             scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
         return scores
 
-    def decode(self, rows: Sequence[Row], scores: np.ndarray) -> list[dict[str, Any]]:
+    def decode(self, rows: Sequence[Row], examples: Sequence[Example], scores: np.ndarray) -> list[dict[str, Any]]:
         """A label with probabilities, labels, or a score."""
         if self.problem == "regression":
             return [{"score": round(float(s), 6)} for s in scores[:, 0]]

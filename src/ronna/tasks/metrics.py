@@ -141,6 +141,20 @@ def span_scores(
     )
 
 
+def mean_scores(values: Mapping[str, ArrayLike], *, notes: Sequence[str] = (), seed: int = 0) -> Scores:
+    """Metrics that are means over rows: name -> (N,). Raises RonnaError when empty."""
+    names, table = list(values), np.stack([np.asarray(v, np.float64) for v in values.values()], axis=1)
+    if not len(table):
+        raise _empty("test set")
+    rows, times = np.unique(table, axis=0, return_counts=True)
+
+    def measure(counts: Counts) -> Values:
+        return dict(zip(names, ((counts @ rows) / counts.sum(1, keepdims=True)).T, strict=True))
+
+    metrics, more = bootstrap(measure, times, seed=seed)
+    return Scores(len(table), metrics, notes=(*notes, *more))
+
+
 def relation_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str], *, seed: int = 0) -> Scores:
     """Relations of N pairs, as SemEval-2010 Task 8 counts them (Hendrickx et al. 2010, section 4).
 

@@ -6,7 +6,7 @@ Zhou and Chen (2021) found that they serve as well as new ones: nothing has to b
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -143,6 +143,10 @@ class Relation:
     monitor = "macro_f1"
 
     @classmethod
+    def unfold(cls, record: Record) -> Iterator[Record]:
+        yield record
+
+    @classmethod
     def row(cls, record: Record, columns: Columns) -> Pair:
         return read_pair(record, columns)
 
@@ -271,7 +275,7 @@ class Relation:
     def measure(self, examples: Sequence[Example], scores: np.ndarray) -> Scores:
         return relation_scores(np.array([e.target for e in examples]), scores.argmax(-1), self.labels)
 
-    def decode(self, rows: Sequence[Pair], scores: np.ndarray) -> list[dict[str, Any]]:
+    def decode(self, rows: Sequence[Pair], examples: Sequence[Example], scores: np.ndarray) -> list[dict[str, Any]]:
         p = torch.from_numpy(scores).softmax(-1).numpy()
         return [self.answer(row, some) for row, some in zip(rows, p, strict=True)]
 

@@ -69,6 +69,10 @@ class Tag:
     monitor = "f1"
 
     @classmethod
+    def unfold(cls, record: Record) -> Iterator[Record]:
+        yield record
+
+    @classmethod
     def row(cls, record: Record, columns: Columns) -> Sentence:
         return read_sentence(record, columns)
 
@@ -218,7 +222,9 @@ class Tag:
         found = [spans_of([self.labels[i] for i in path])[0] for path in paths]
         return span_scores([e.spans or () for e in examples], found, self.types)
 
-    def decode(self, rows: Sequence[Sentence], scores: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    def decode(
+        self, rows: Sequence[Sentence], examples: Sequence[Example], scores: Sequence[np.ndarray]
+    ) -> list[dict[str, Any]]:
         """The entities: by characters of a text, or by words where words were given, then with all tags too."""
         answers = []
         for row, s, path in zip(rows, scores, best_tags(scores, self.rules), strict=True):

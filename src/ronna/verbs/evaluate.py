@@ -22,7 +22,7 @@ from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
 from ronna.serve.decode import Generation, generate, perplexity
 from ronna.serve.sampling import GenerateConfig
 from ronna.stored import open_folder
-from ronna.tasks.base import Task, read_rows
+from ronna.tasks.base import Task, read_rows, unfolded
 from ronna.tasks.metrics import perplexity_scores
 from ronna.tasks.registry import task_of
 from ronna.tasks.schema import peek
@@ -56,7 +56,8 @@ class Loaded:
     def answer(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """The prediction for each of the task's rows."""
         task = self.with_task()
-        return task.decode(rows, task.infer(self.model, task.encode(rows)))
+        examples = task.encode(rows)
+        return task.decode(rows, examples, task.infer(self.model, examples))
 
     def generate(self, prompts: Sequence[str], config: GenerateConfig | None = None) -> list[Generation]:
         """What the model writes after each prompt, or for each source."""
@@ -106,7 +107,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     if loaded.task is not None:
         task = loaded.task
         account: dict[str, int] = {}
-        first, records = peek(read_records(paths, bad=bad))
+        first, records = peek(unfolded(type(task), read_records(paths, bad=bad), bad))
         assert first is not None
         columns = task.columns(first, text=run.text, pair=run.text_pair, label=run.label)
         say(f"columns: {columns}")
@@ -140,14 +141,15 @@ def predict(run: PredictRun) -> dict[str, Any]:
     """Each record comes out with the prediction beside its own fields, in order, as soon as its batch is done."""
     loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
     bad = BadRows(limit=run.max_bad_rows)
-    first, records = peek(
+    task = loaded.with_task()
+    given = (
         read_json_stream(sys.stdin.buffer, "standard input", bad=bad)
         if run.input == "-"
         else read_records(run.input, bad=bad)
     )
+    first, records = peek(unfolded(type(task), given, bad))
     if first is None:
         raise RonnaError("no record came", where="standard input", fix='send lines such as {"text": "..."}')
-    task = loaded.with_task()
     columns = task.columns(first, text=run.text, pair=run.text_pair, label=None, labelled=False)._replace(label=None)
     stream = bad.sift(records, lambda record: (record.fields, task.row(record, columns)))
     with writer(run.output) as file:

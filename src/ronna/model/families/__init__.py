@@ -117,7 +117,8 @@ def with_dropout(family: Family, model: Model, rate: float) -> Model:
 
 
 def classifier_for(family: Family, model: Model, labels: int, of: Unit = "sequence") -> Classifier:
-    """The classifier that the family's ...ForSequenceClassification or ...ForTokenClassification has, or ours of pairs.
+    """The classifier that the family's class for sequence or token classification or for question answering has in
+    transformers, or ours of pairs.
 
     RonnaError for encoder-decoders.
     """

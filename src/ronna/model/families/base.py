@@ -38,6 +38,7 @@ def hub_activation(act: Activation) -> str:
 CLASSIFIERS: dict[Unit, str] = {
     "sequence": "ForSequenceClassification",
     "tokens": "ForTokenClassification",
+    "spans": "ForQuestionAnswering",
     "pair": "ForRelationClassification",  # which transformers does not have: it reads such a folder as a bare model
 }
 
@@ -184,6 +185,7 @@ class Family:
     prefix: what the keys of a folder without heads leave out. heads, ignored: regexes of keys that belong
     to some head, and of keys that carry nothing. presets: config.json by name.
     aliases: common names of keys that the family calls otherwise.
+    spans_prefix: what transformers' class for question answering has in place of `prefix`, where it differs.
     """
 
     name: str
@@ -198,7 +200,14 @@ class Family:
     ignored: str
     presets: dict[str, dict[str, Any]]
     unties: Callable[[Model], bool] = lambda model: False
+    spans_prefix: str | None = None
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def stored_name(self, model: Model, name: str) -> str:
+        """A key of `names` as the files of this model have it."""
+        if self.spans_prefix and model.classifier and model.classifier.of == "spans" and name.startswith(self.prefix):
+            return self.spans_prefix + name.removeprefix(self.prefix)
+        return name
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -227,17 +236,17 @@ def one_head(model: Model, family: str) -> None:
 
 def decoder_classifier(model: Model, labels: int, of: Unit) -> Classifier:
     """GPT-2's and Llama's: of a sequence its last state, of tokens each one's behind dropout."""
-    if of != "sequence":
-        return Classifier(labels, dropout=model.embedding.dropout, of=of)
-    return Classifier(labels, "last", bias=False)
+    if of == "sequence":
+        return Classifier(labels, "last", bias=False)
+    return Classifier(labels, dropout=0.0 if of == "spans" else model.embedding.dropout, of=of)
 
 
 def with_decoder_classifier(model: Model, h: Settings, dropout: float) -> Model:
-    """The model with the classifier that the folder's architecture has, if any; a sequence's has no dropout."""
+    """The model with the classifier that the folder's architecture has, if any; dropout is for tokens and pairs."""
     if h.unit is None:
         return model
     classifier = decoder_classifier(model, h.labels, h.unit)
-    return replace(model, classifier=replace(classifier, dropout=0.0 if h.unit == "sequence" else dropout))
+    return replace(model, classifier=replace(classifier, dropout=dropout if h.unit in ("tokens", "pair") else 0.0))
 
 
 def architecture(model: Model, stem: str, lm: str) -> list[str]:

@@ -75,11 +75,18 @@ def with_classifier(model: c.Model, h: BertSettings) -> c.Model:
     if h.unit is None:
         return model
     rate = h.hidden_dropout_prob if h.classifier_dropout is None else h.classifier_dropout
-    return replace(model, classifier=replace(classifier(model, h.labels, h.unit), dropout=rate))
+    made = classifier(model, h.labels, h.unit)
+    return replace(model, classifier=made if h.unit == "spans" else replace(made, dropout=rate))
 
 
 def classifier(model: c.Model, labels: int, of: c.Unit) -> c.Classifier:
-    return c.Classifier(labels, dense="tanh" if of == "sequence" else None, dropout=model.embedding.dropout, of=of)
+    dense: c.Activation | None = "tanh" if of == "sequence" else None
+    return c.Classifier(labels, dense=dense, dropout=0.0 if of == "spans" else model.embedding.dropout, of=of)
+
+
+def output_name(model: c.Model, usual: str) -> str:
+    """Of the classifier's last map."""
+    return "qa_outputs" if model.classifier and model.classifier.of == "spans" else usual
 
 
 def from_hf(config: Mapping[str, Any]) -> c.Model:
@@ -150,7 +157,7 @@ def names(model: c.Model) -> dict[str, Weight]:
         "head.norm": Weight("cls.predictions.transform.LayerNorm"),
         "head.logits.bias": Weight("cls.predictions.bias"),
         "classifier.dense": Weight("bert.pooler.dense"),
-        "classifier.out": Weight("cls.seq_relationship" if model.head else "classifier"),
+        "classifier.out": Weight("cls.seq_relationship" if model.head else output_name(model, "classifier")),
     }
 
 

@@ -98,6 +98,14 @@ def to_hf(model: c.Model) -> dict[str, Any]:
     }
 
 
+OUTPUTS: dict[c.Unit, str] = {
+    "sequence": "score",
+    "tokens": "classifier",
+    "pair": "classifier",
+    "spans": "qa_outputs",
+}
+
+
 def names(model: c.Model) -> dict[str, Weight]:
     table = {
         **{f"attention.{n}": Weight("attn.c_attn", i, 3, transpose=True) for i, n in enumerate("qkv")},
@@ -113,7 +121,7 @@ def names(model: c.Model) -> dict[str, Weight]:
         **layered("decoder.blocks.{}.", "transformer.h.{}.", len(only(model.decoder).blocks), table),
         "decoder.final_norm": Weight("transformer.ln_f"),
         "head.logits": Weight("lm_head"),
-        "classifier.out": Weight("classifier" if model.classifier and model.classifier.of != "sequence" else "score"),
+        "classifier.out": Weight(OUTPUTS[model.classifier.of] if model.classifier else "score"),
     }
 
 

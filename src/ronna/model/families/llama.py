@@ -190,7 +190,7 @@ def names(model: c.Model) -> dict[str, Weight]:
         **layered("decoder.blocks.{}.", "model.layers.{}.", len(only(model.decoder).blocks), table),
         "decoder.final_norm": Weight("model.norm"),
         "head.logits": Weight("lm_head"),
-        "classifier.out": Weight("score"),
+        "classifier.out": Weight("qa_outputs" if model.classifier and model.classifier.of == "spans" else "score"),
     }
 
 
@@ -252,6 +252,7 @@ LLAMA = Family(
     duplicates=duplicates,
     classifier=decoder_classifier,
     prefix="model.",
+    spans_prefix="transformer.",
     heads=r"(lm_head|score|qa_outputs)\.",
     ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",
     presets=PRESETS,

@@ -60,7 +60,7 @@ def names(model: c.Model) -> dict[str, Weight]:
         "head.norm": Weight("lm_head.layer_norm"),
         "head.logits.bias": Weight("lm_head.bias"),
         "classifier.dense": Weight("classifier.dense"),
-        "classifier.out": Weight("classifier.out_proj" if dense else "classifier"),
+        "classifier.out": Weight(bert.output_name(model, "classifier.out_proj" if dense else "classifier")),
     }
 
 
