@@ -103,7 +103,37 @@ def test_data_inspect_says_what_is_there(reviews, tiny_bert, capsys):
     report = json.loads(out.out)
     assert report["train"]["labels"] == {"neg": 120, "pos": 120} and report["train"]["format"] == "jsonl"
     assert report["train"]["tokens"]["p100"] >= 6 and report["overlap"] == {}
-    assert "single labels" in out.err
+    assert "single labels" in out.err and report["train"]["scripts"] == {"Latin": 1.0}
+    assert report["command"].startswith(f"ronna finetune --model {tiny_bert} --train {reviews} --length ")
+
+
+INSPECTED = {
+    "tag": ({"tokens": ["北", "京"], "tags": ["B-LOC", "I-LOC"]}, {"LOC": 1}, "Cjk"),
+    "relation": ({"text": "a <e1>b</e1> c <e2>d</e2>", "label": "x(e1,e2)"}, {"x(e1,e2)": 1}, "Latin"),
+    "span_qa": ({"context": "a b", "qas": [{"question": "q", "answers": []}]}, {"no answer": 1}, "Latin"),
+    "classify": ({"sentence": "a b", "score": 0.5}, {"least": 0.5, "most": 0.5, "mean": 0.5}, "Latin"),
+}
+
+
+@pytest.mark.parametrize("task", INSPECTED)
+def test_data_inspect_knows_the_task(task, tmp_path, capsys):
+    row, labels, script = INSPECTED[task]
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["data", "inspect", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["train"]["labels"] == labels and script in report["train"]["scripts"]
+    assert (f"--task {task} " in report["command"]) == (task != "classify")
+
+
+def test_data_inspect_finds_bad_rows_and_runs_in_common(tmp_path, capsys):
+    run = " ".join(f"word{i}" for i in range(20))
+    for split, text in (("train", run), ("test", f"other words before {run[:100]}")):
+        lines = [json.dumps({"text": text, "label": 1}), json.dumps({"text": 3, "label": 1})]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["data", "inspect", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["overlap"] == {} and report["overlap_13_grams"] == {"train/test": 1}
+    assert report["train"]["rows"]["reasons"]["text is not a string"]["places"] == [f"{tmp_path}/train.jsonl:2"]
 
 
 def test_doctor_names_its_checks(tuned, capsys):

@@ -1,7 +1,8 @@
-"""`ronna data inspect`: what a file of records or text really holds, before anything is trained on it."""
+"""`ronna data inspect`: what files of records or text really hold, before anything is trained on them."""
 
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,26 @@ import numpy as np
 
 from ronna.base.errors import RonnaError
 from ronna.base.track import say
-from ronna.data.badrows import BadRows
+from ronna.data.badrows import BadRow, BadRows
 from ronna.data.files import recognise
-from ronna.data.sources import find_splits, read_records, resolve
+from ronna.data.sources import Record, find_splits, read_records, resolve
 from ronna.runfile import InspectRun
-from ronna.tasks.classify import detect_problem, label_name
-from ronna.tasks.schema import Columns, find_columns, overlap
+from ronna.tasks.base import Row, Task, unfolded
+from ronna.tasks.classify import detect_problem
+from ronna.tasks.labels import label_name
+from ronna.tasks.registry import TASKS
+from ronna.tasks.relation import MARKED, SPANS
+from ronna.tasks.schema import Columns, overlap
+from ronna.tasks.span_qa import unfold
+from ronna.tasks.words import PIECE
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+GRAM = 13  # words in a row, or characters of scripts without spaces, that two texts do not share by chance
 
 
 def inspect(run: InspectRun) -> dict[str, Any]:
-    """Format, fields, lengths, labels, duplicates and bad rows of each split, and texts that splits share."""
+    """Format, fields, task, lengths, labels, duplicates and bad rows of each split, and what splits share."""
     tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer else None
     splits: dict[str, list[Path]] = {}
     for name in run.input:
@@ -32,27 +40,44 @@ def inspect(run: InspectRun) -> dict[str, Any]:
     for name, paths in splits.items():
         report[name], seen[name] = inspect_split(paths, run, tokenizer)
         say("\n".join(describe(name, report[name])))
-    report["overlap"] = overlap(seen)
-    for pair, n in report["overlap"].items():
+    first = next(iter(splits))
+    shared = overlap(seen)
+    grams = {f"{first}/{name}": shared_grams(seen[first], texts) for name, texts in seen.items() if name != first}
+    grams = {pair: n for pair, n in grams.items() if n}
+    for pair, n in shared.items():
         say(f"{n:,} texts stand in both {pair.replace('/', ' and ', 1)}")
-    return report
+    for pair, n in grams.items():
+        say(f"{n:,} texts of {pair.split('/', 1)[1]} share {GRAM} words (or characters) in a row with {first}")
+    command = suggestion(run, report[first], any(pair.startswith(f"{first}/") for pair in shared))
+    if command:
+        say(f"try: {command}")
+    return {**report, "overlap": shared, f"overlap_{GRAM}_grams": grams, "command": command}
 
 
 def inspect_split(paths: list[Path], run: InspectRun, tokenizer: Tokenizer | None) -> tuple[dict[str, Any], list[str]]:
     bad = BadRows(limit=run.max_bad_rows)
     fields: Counter[str] = Counter()
+    task: str | None = None
     columns: Columns | None = None
     texts: list[str] = []
+    rows: list[Row] = []
     labels: list[Any] = []
-    for record in read_records(paths, bad=bad):
+    for record in bad_aside(paths, bad):
         fields.update(f"{name}: {type(value).__name__}" for name, value in record.fields.items())
+        if task is None:
+            task = recognise_task(record)
+            columns = guess(TASKS[task], record, run)
         if columns is None:
-            columns = guess(record, run)
-        if columns is not None:
-            value = record.fields.get(columns.text)
-            texts.append(value if isinstance(value, str) else "")
-            if columns.label and record.fields.get(columns.label) is not None:
-                labels.append(record.fields[columns.label])
+            continue
+        try:
+            row = TASKS[task].row(record, columns)
+        except BadRow as reason:
+            bad.quarantine(record.path, record.line, reason)
+            continue
+        rows.append(row)
+        texts.append(row.key.replace("\0", "\n").strip())
+        if columns.label:
+            labels.append(row.label)
     report: dict[str, Any] = {
         "files": [str(p) for p in paths],
         "format": recognise(paths[0]),
@@ -60,30 +85,63 @@ def inspect_split(paths: list[Path], run: InspectRun, tokenizer: Tokenizer | Non
         "fields": dict(fields),
         "columns": columns._asdict() if columns else None,
         "characters": quantiles(map(len, texts)),
+        "scripts": scripts(texts),
         "duplicates": len(texts) - len(set(texts)),
     }
     if tokenizer is not None:
         report["tokens"] = quantiles(len(ids) for ids in tokenizer.encode_batch(texts))
-    if labels:
-        report["problem"] = detect_problem(labels)
-        report["labels"] = label_counts(labels, report["problem"])
+    if labels and task is not None:
+        report |= {"task": task, **label_counts(task, labels)}
     return report, texts
 
 
-def guess(record: Any, run: InspectRun) -> Columns | None:
+def bad_aside(paths: list[Path], bad: BadRows) -> Iterator[Record]:
+    """Records, questions each by itself."""
+    return unfolded(TASKS["span_qa"], read_records(paths, bad=bad), bad)
+
+
+def recognise_task(record: Record) -> str:
+    """The task that a record looks like it was made for."""
+    fields = record.fields
+    if "question" in fields and fields.keys() & {"answers", "answer"} and next(unfold(record), None) is not None:
+        return "span_qa"
+    if any(all(name in fields for name in pair) for pair in SPANS):
+        return "relation"
+    if any(isinstance(v, str) and len(MARKED.findall(v)) >= 4 for v in fields.values()):
+        return "relation"
+    lists = [name for name, value in fields.items() if isinstance(value, list) and name in ("tokens", "words")]
+    spans = [name for name in ("entities", "spans") if isinstance(fields.get(name), list)]
+    return "tag" if lists or spans or isinstance(fields.get("label"), dict) else "classify"
+
+
+def guess(task: type[Task], record: Record, run: InspectRun) -> Columns | None:
     try:
-        return find_columns(record, text=run.text, pair=None, label=run.label, need_label=False)
+        return task.columns(record, text=run.text, pair=None, label=run.label, labelled=False)
     except RonnaError:
         if run.text or run.label:
             raise
         return None
 
 
-def label_counts(labels: list[Any], problem: str) -> dict[str, Any]:
+def label_counts(task: str, labels: list[Any]) -> dict[str, Any]:
+    """How often each label, entity type or relation stands in the data, and of which kind the labels are."""
+    match task:
+        case "tag":
+            return {"problem": "entity", "labels": ordered(span.type for spans in labels for span in spans)}
+        case "span_qa":
+            return {"problem": "answer", "labels": ordered("answered" if some else "no answer" for some in labels)}
+        case "relation":
+            return {"problem": "relation", "labels": ordered(map(label_name, labels))}
+    problem = detect_problem(labels)
     if problem == "regression":
-        return {"least": min(labels), "most": max(labels), "mean": float(np.mean(labels))}
-    flat = [label_name(x) for label in labels for x in (label if isinstance(label, list) else [label])]
-    return dict(Counter(flat).most_common())
+        spread = {"least": min(labels), "most": max(labels), "mean": float(np.mean(labels))}
+        return {"problem": problem, "labels": spread}
+    flat = (label_name(x) for label in labels for x in (label if isinstance(label, list) else [label]))
+    return {"problem": problem, "labels": ordered(flat)}
+
+
+def ordered(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(names).most_common())
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int] | None:
@@ -95,6 +153,52 @@ def quantiles(lengths: Iterable[int]) -> dict[str, int] | None:
         "total": int(values.sum()),
         **{f"p{q * 100:g}": int(x) for q, x in zip(QUANTILES, points, strict=True)},
     }
+
+
+def scripts(texts: Sequence[str], most: int = 2000) -> dict[str, float]:
+    """Share of each script among the letters of some of the texts, those of a hundredth and more."""
+    letters: Counter[str] = Counter()
+    for text in texts[:: max(1, len(texts) // most)]:
+        letters.update(c for c in text[:1000] if c.isalpha())
+    kinds: Counter[str] = Counter()
+    for letter, n in letters.items():
+        kinds[unicodedata.name(letter, "UNKNOWN").split(" ")[0].split("-")[0].title()] += n
+    total = kinds.total()
+    return {kind: round(n / total, 3) for kind, n in kinds.most_common() if n >= 0.01 * total}
+
+
+def shared_grams(left: Sequence[str], right: Sequence[str]) -> int:
+    """How many texts on the right have a run of words in common with some text on the left."""
+    owners: dict[int, set[int]] = {}
+    for i, text in enumerate(right):
+        for gram in grams(text):
+            owners.setdefault(gram, set()).add(i)
+    found: set[int] = set()
+    for text in left:
+        for gram in grams(text):
+            found |= owners.get(gram, set())
+    return len(found)
+
+
+def grams(text: str) -> Iterator[int]:
+    words = PIECE.findall(text.lower())
+    return (hash(tuple(words[i : i + GRAM])) for i in range(len(words) - GRAM + 1))
+
+
+def suggestion(run: InspectRun, report: Mapping[str, Any], overlaps: bool) -> str | None:
+    """The command line that would train on this."""
+    columns, where = report["columns"], " ".join(run.input[:1])
+    if columns is None:
+        return None
+    if not columns["label"]:
+        return f"ronna prepare --input {where} --tokenizer TOKENIZER --text {columns['text']} --out shards"
+    parts = ["ronna finetune"]
+    if report["task"] != "classify":
+        parts.append(f"--task {report['task']}")
+    parts.append(f"--model {run.tokenizer or 'MODEL_FOLDER'} --train {where}")
+    if report.get("tokens"):
+        parts.append(f"--length {min(512, -(-(report['tokens']['p99'] + 4) // 32) * 32)}")
+    return " ".join([*parts, *["--allow-overlap"] * overlaps, "--out my-run"])
 
 
 def describe(name: str, r: dict[str, Any]) -> list[str]:
@@ -112,6 +216,8 @@ def describe(name: str, r: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  {unit}: {q['total']:,}; half below {q['p50']:,}, 99% below {q['p99']:,}, most {q['p100']:,}"
             )
+    if r["scripts"]:
+        lines.append("  letters: " + ", ".join(f"{kind} {share:.0%}" for kind, share in r["scripts"].items()))
     if r.get("labels"):
         shown = list(r["labels"].items())
         more = f", and {len(shown) - 12} more" if len(shown) > 12 else ""
