@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ronna.base.config import Config
+from ronna.base.config import Config, Tree
 from ronna.base.track import WandbConfig
 from ronna.objectives.clm import CLMConfig
 from ronna.objectives.denoise import DenoiseConfig
@@ -67,6 +67,11 @@ class PretrainRun(Config):
     track: TrackConfig = TrackConfig()
 
 
+# Where the user names none: adapters want larger steps than whole models, questions longer sequences than labels.
+RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3}
+LENGTHS = {"span_qa": 384}
+
+
 class FinetuneRun(Config):
     verb: Literal["finetune"] = "finetune"
     out: str
@@ -76,10 +81,20 @@ class FinetuneRun(Config):
     data: RecordsConfig
     task: TaskConfig = ClassifyConfig()
     peft: PeftConfig | None = None  # None: every weight learns
-    optim: OptimizerConfig = AdamW(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    optim: OptimizerConfig = AdamW(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)  # lr: RATES for an adapter
     schedule: Schedule = Linear(warmup=0.06)
     train: TrainConfig = TrainConfig(epochs=3)
     track: TrackConfig = TrackConfig()
+
+    @classmethod
+    def suggested(cls, tree: Tree) -> Tree:
+        task, peft, optim, train = (tree.get(name) or {} for name in ("task", "peft", "optim", "train"))
+        if not all(isinstance(table, dict) for table in (task, peft, optim, train)):
+            return tree  # which validation will refuse
+        rate, length = RATES.get(str(peft.get("kind"))), LENGTHS.get(str(task.get("kind")))
+        if rate and optim.get("kind", "adamw") == "adamw":
+            tree = {**tree, "optim": {"lr": rate, **optim}}
+        return {**tree, "train": {"length": length, **train}} if length else tree
 
 
 class PrepareRun(Config):

@@ -121,3 +121,19 @@ def test_an_adapter_needs_its_base_as_it_was(tiny_bert, data, tmp_path, capsys):
     assert main(use) == 2 and "other weights" in capsys.readouterr().err
     shutil.rmtree(base)
     assert main(use) == 2 and "is not there" in capsys.readouterr().err
+
+
+def test_an_adapter_has_a_rate_of_its_own_unless_one_is_named():
+    from ronna.base.config import build
+    from ronna.runfile import RATES, FinetuneRun
+
+    def optim(**more):
+        tree = {"out": "o", "model": {"name": "m"}, "data": {"train": "t"}, **more}
+        return build(FinetuneRun, tree, where="here").optim
+
+    assert optim().lr == 5e-5 and optim(peft={"kind": "houlsby"}).lr == RATES["houlsby"]
+    named = optim(peft={"kind": "lora"}, optim={"lr": 3e-4})
+    assert named.lr == 3e-4 and named.weight_decay == 0.01
+    rest = optim(peft={"kind": "lora"}, optim={"weight_decay": 0.0})
+    assert rest.lr == RATES["lora"] and rest.weight_decay == 0.0 and rest.betas == (0.9, 0.999)
+    assert optim(peft={"kind": "lora"}, optim={"kind": "sgd", "lr": 0.1}).lr == 0.1

@@ -42,6 +42,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
+    def suggested(cls, tree: Tree) -> Tree:
+        """`tree` with what a user would want who left it out and said what is there; a table overrides this."""
+        return tree
+
+    @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         for name, field in cls.model_fields.items():
@@ -157,6 +162,7 @@ def _with_defaults(model: type[BaseModel], tree: Tree) -> Tree:
 
     So `optim.lr = 1e-4` alone changes the rate of the optimizer that a verb has by default, and nothing else.
     """
+    tree = model.suggested(tree) if issubclass(model, Config) else tree
     merged = dict(tree)
     for name, field in model.model_fields.items():
         given, default = tree.get(name), field.default
