@@ -34,7 +34,7 @@ from ronna.peft.methods import NAME, PeftConfig, adapt, trained
 from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
-from ronna.tasks.registry import TASKS
+from ronna.tasks.table import TASKS
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.train.loop import Evaluation
 

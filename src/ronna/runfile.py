@@ -12,7 +12,7 @@ from ronna.objectives.mlm import MLMConfig
 from ronna.peft.methods import PeftConfig
 from ronna.serve.sampling import GenerateConfig
 from ronna.tasks.classify import ClassifyConfig
-from ronna.tasks.registry import TaskConfig
+from ronna.tasks.table import TaskConfig
 from ronna.text.clean import CleanConfig
 from ronna.text.training import TokenizerConfig
 from ronna.train.loop import TrainConfig

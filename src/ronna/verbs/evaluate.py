@@ -24,8 +24,8 @@ from ronna.serve.sampling import GenerateConfig
 from ronna.stored import open_folder
 from ronna.tasks.base import Task, read_rows, unfolded
 from ronna.tasks.metrics import perplexity_scores
-from ronna.tasks.registry import task_of
 from ronna.tasks.schema import peek
+from ronna.tasks.table import task_of
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.verbs.prepare import texts
 

@@ -17,10 +17,10 @@ from ronna.runfile import InspectRun
 from ronna.tasks.base import Row, Task, unfolded
 from ronna.tasks.classify import detect_problem
 from ronna.tasks.labels import label_name
-from ronna.tasks.registry import TASKS
 from ronna.tasks.relation import MARKED, SPANS
 from ronna.tasks.schema import Columns, overlap
 from ronna.tasks.span_qa import unfold
+from ronna.tasks.table import TASKS
 from ronna.tasks.words import PIECE
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 
