@@ -1,114 +1,89 @@
-"""Fine-tuning a classifier with ours beside Hugging Face's Trainer: same folder, rows, epochs, batch and rate.
+"""Fine-tuning with ours beside Hugging Face's Trainer: same folder, rows, epochs, batch and rate.
 
-    python benchmarks/finetune.py --model FOLDER --data FOLDER_OF_SPLITS [--limit 4000] [--epochs 1] [--rounds 1]
+    python benchmarks/finetune.py --model FOLDER --data FOLDER_OF_SPLITS [--task tag] [--limit 4000] [--epochs 1]
+                                  [--peft lora] [--lr 5e-5] [--length 128] [--rounds 1] [--side ours]
 
-The Trainer runs at its best: bf16 where the machine is fast at it, dynamic padding, rows grouped by length, fused
-AdamW. Each side has its own process; the rate counts training alone. Prints one JSON line a side and round, then the
-ratio. Needs transformers, datasets and accelerate (the extra `bench`).
+The Trainer runs at its best (`peers/trainer.py`). Each side has its own process; the rate counts training alone, peak memory
+is the process's. Prints one JSON line a side and round, then the ratio. Needs transformers, datasets, accelerate and,
+for adapters, peft (the extra `bench`).
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ronna.base.device import choose_precision
 from ronna.data.badrows import BadRows
 from ronna.data.sources import find_splits, read_records
+from ronna.tasks.base import unfolded
+from ronna.tasks.table import TASKS
 
-LENGTH, BATCH, RATE = 128, 32, 5e-5
+METRICS = {"classify": "accuracy", "tag": "f1", "relation": "macro_f1", "span_qa": "f1"}
 
 
-def rows(data: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    found = [r.fields for r in read_records(find_splits(data)[split], bad=BadRows())]
-    return found[:limit]
+def rows(a: argparse.Namespace, split: str, limit: int | None) -> list[dict[str, Any]]:
+    bad = BadRows()
+    records = unfolded(TASKS[a.task], read_records(find_splits(a.data)[split], bad=bad), bad)
+    return [r.fields for r in records][:limit]
 
 
 def ours(a: argparse.Namespace, out: str) -> dict[str, float]:
     import ronna
 
+    more: dict[str, Any] = {"peft": {"kind": a.peft}} if a.peft else {}
     report = ronna.finetune(
         out=f"{out}/ours",
+        seed=a.seed,
         model={"name": a.model},
-        data={"train": a.data, "allow_overlap": True} | ({"limit": a.limit} if a.limit else {}),
-        optim={"kind": "adamw", "lr": RATE},
+        data={"train": a.data, "allow_overlap": True, "max_bad_rows": 1000} | ({"limit": a.limit} if a.limit else {}),
+        task={"kind": a.task},
+        optim={"kind": "adamw", "lr": a.lr},
         schedule={"kind": "linear", "warmup": 50},
-        train={"epochs": a.epochs, "batch": BATCH, "length": LENGTH, "evaluate_every": 10**9},
+        train={"epochs": a.epochs, "batch": a.batch, "length": a.length, "evaluate_every": 10**9},
+        **more,
     )
-    count = len(rows(a.data, "train", a.limit)) * a.epochs
-    return {"rows_per_second": count / report["train"]["seconds"], "accuracy": report["test"]["accuracy"]["value"]}
+    seconds, metric = report["train"]["seconds"], METRICS[a.task]
+    count = min(a.limit or 10**9, report["data"]["kept"]) * a.epochs
+    return {"seconds": seconds, "rows_per_second": count / seconds, metric: report["test"][metric]["value"]}
 
 
 def theirs(a: argparse.Namespace, out: str) -> dict[str, float]:
-    from datasets import Dataset
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-    )
+    from peers import trainer
 
-    train, test = rows(a.data, "train", a.limit), rows(a.data, "test", None)
-    names = sorted({str(r["label"]) for r in train})
-    tokenizer = AutoTokenizer.from_pretrained(a.model)
-
-    def encode(some: list[dict[str, Any]]) -> Dataset:
-        inputs = tokenizer([r["text"] for r in some], truncation=True, max_length=LENGTH)
-        return Dataset.from_dict({**inputs, "labels": [names.index(str(r["label"])) for r in some]})
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = TrainingArguments(
-        output_dir=out,
-        num_train_epochs=a.epochs,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=64,
-        learning_rate=RATE,
-        warmup_steps=50,
-        bf16=choose_precision("auto", device)[0] is torch.bfloat16,
-        optim="adamw_torch_fused",
-        use_cpu=device.type == "cpu",
-        train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=AutoModelForSequenceClassification.from_pretrained(a.model, num_labels=len(names)),
-        args=settings,
-        train_dataset=encode(train),
-        eval_dataset=encode(test),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-    )
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
-    return {"rows_per_second": len(train) * a.epochs / seconds, "accuracy": trainer.evaluate()["eval_accuracy"]}
+    return trainer.run(a, out, rows(a, "train", a.limit), rows(a, "test", None))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--data")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--task", choices=sorted(METRICS), default="classify")
+    parser.add_argument("--peft", choices=["lora", "adalora"])
+    parser.add_argument("--limit", type=int, help="training rows")
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--side", choices=["ours", "hf"])
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = arguments()
     if not (a.model and a.data and Path(a.model).is_dir() and Path(a.data).is_dir()):
         print("skipped: name a model folder and a folder of splits with --model and --data")
         return
     if a.side:
         with tempfile.TemporaryDirectory() as out:
             found = ours(a, out) if a.side == "ours" else theirs(a, out)
+        found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({"side": a.side, **{k: round(v, 4) for k, v in found.items()}}))
         return
     speeds: dict[str, list[float]] = {}
