@@ -3,9 +3,9 @@
     python benchmarks/finetune.py --model FOLDER --data FOLDER_OF_SPLITS [--task tag] [--limit 4000] [--epochs 1]
                                   [--peft lora] [--lr 5e-5] [--length 128] [--rounds 1] [--side ours]
 
-The Trainer runs at its best (`peers/trainer.py`). Each side has its own process; the rate counts training alone, peak memory
-is the process's. Prints one JSON line a side and round, then the ratio. Needs transformers, datasets, accelerate and,
-for adapters, peft (the extra `bench`).
+The Trainer runs at its best (`peers/trainer.py`). Each side has its own process; the rate counts training alone, the
+peak of memory is the process's. Prints one JSON line a side and round, then the ratio. Needs transformers, datasets,
+accelerate and, for adapters, peft (the extra `bench`).
 """
 
 import argparse
