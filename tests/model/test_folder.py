@@ -17,6 +17,7 @@ from ronna.model import config as c
 from ronna.model.families import Family, Weight, classifier_for, preset
 from ronna.model.folder import Stored, load_folder, save_folder
 from ronna.model.init import build
+from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -285,3 +286,13 @@ def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Stored, "read", watched)
     loaded = load_folder(tmp_path)
     assert count == loaded.model.cfg.params()
+
+
+def test_a_fingerprint_tells_weights_apart_and_takes_any_type(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(20, 3), "a.position_ids": torch.arange(9), "a.scale": torch.tensor(2.0)}
+    found = set()
+    for name, change in (("first", 0.0), ("again", 0.0), ("other", 1e-3)):
+        (tmp_path / name).mkdir()
+        save_file(tensors | {"a.weight": tensors["a.weight"] + change}, tmp_path / name / "model.safetensors")
+        found.add(fingerprint(tmp_path / name))
+    assert len(found) == 2

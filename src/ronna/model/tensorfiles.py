@@ -105,15 +105,20 @@ class TensorFiles:
             raise RonnaError(f"{key} cannot be read: {error}", where=str(self.folder), fix=AGAIN) from None
         return part
 
+    def glimpse(self, key: str, rows: int = 8) -> tuple[str, tuple[int, ...], Tensor]:
+        """Type, shape and first rows of a tensor, be it floating point or not."""
+        piece = self._files[key].get_slice(key)
+        shape = tuple(piece.get_shape())
+        return piece.get_dtype(), shape, piece[:rows] if shape else self._files[key].get_tensor(key)
+
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of every tensor's name, shape and first rows: quick however large the folder, and training changes it."""
+    """sha256 of every tensor's name, type, shape and first rows: quick however large, and training changes it."""
     total = hashlib.sha256()
     with TensorFiles(folder) as files:
         for key in sorted(files.names):
-            shape = files.shape(key)
-            total.update(f"{key} {shape}".encode())
-            head = files.read(key, 0, 8, 0)
+            kind, shape, head = files.glimpse(key)
+            total.update(f"{key} {kind} {shape}".encode())
             total.update(head.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
