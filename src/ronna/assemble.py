@@ -61,6 +61,7 @@ class Parts:
     peft: PeftConfig | None = None  # the method, where only an adapter is trained
     base: str = ""  # the folder that the model came from
     folder_keys: dict[str, Any] = field(default_factory=dict)  # for config.json
+    folder_files: dict[str, str] = field(default_factory=dict)  # for the folder, by name
     used: Tensor | None = None  # the token ids in `data`, in order; None: not counted
 
 
@@ -242,6 +243,10 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     saved = tokenizer.with_max_length(length)
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type, parts.folder_keys = task.labels, task.problem_type, task.folder_keys
+    parts.folder_files = task.folder_files(cfg)
+    if run.train.micro_batch and getattr(task, "whole_batch", False):
+        fix = "leave it out, and lower train.batch where memory is short"
+        raise RonnaError(f"the loss of {task.kind} is of a whole batch", where="train.micro_batch", fix=fix)
     if run.peft is not None:
         train_adapter(run.peft, run, parts, folder)
     parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))
@@ -272,11 +277,10 @@ def judge(task: Task, model: Transformer, examples: list[Any]) -> Evaluation:
     scores = task.infer(model, examples)
     measured = task.measure(examples, scores)
     values = {n: m.value for n, m in measured.metrics.items() if m.value is not None}
-    values = {
-        task.monitor: values.get(task.monitor, float("-inf")),
-        "loss": task.mean_loss(examples, scores),
-    } | values
-    return Evaluation(values, task.monitor, higher_is_better=True)
+    # Held-out data of another kind than the training data may have another measure: its first one counts.
+    monitor = task.monitor if task.monitor in measured.metrics else next(iter(measured.metrics))
+    values = {monitor: values.get(monitor, float("-inf")), "loss": task.mean_loss(examples, scores)} | values
+    return Evaluation(values, monitor, higher_is_better=True)
 
 
 def hash_files(paths: Sequence[Path]) -> str:
@@ -287,7 +291,9 @@ def hash_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, classifier: Classifier) -> Transformer:
+def finetune_model(
+    run: FinetuneRun, folder: Path, family: Family, cfg: Model, classifier: Classifier | None
+) -> Transformer:
     """The folder's model with this classifier, or the same architecture with new weights."""
     refuse_settings(run.model)
     if run.model.scratch:

@@ -82,7 +82,8 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "train a model for a task on labelled records", "FinetuneRun", "ronna.run:execute",
-        (Flag("--task", "task.kind", "classify, tag, relation, span_qa"), Flag("--model", "model.name", "model folder"),
+        (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed"),
+         Flag("--model", "model.name", "model folder"),
          Flag("--peft", "peft.kind", "train an adapter alone: lora, adalora, houlsby, bitfit"),
          Flag("--train", "data.train", "file, or folder with train, validation and test"),
          Flag("--validation", "data.validation", "file"), Flag("--test", "data.test", "file"),

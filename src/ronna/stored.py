@@ -1,5 +1,6 @@
 """What of a model a run writes and reads: the whole of it as a Hugging Face folder, or an adapter as a PEFT folder."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,9 @@ class Store:
             write_adapter(parts.model, parts.family, folder, parts.peft, parts.base, tensors=tensors)
             save_config(parts.model.cfg, parts.family, folder, **more)
         parts.tokenizer.save(folder)
+        for name, text in parts.folder_files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -72,8 +76,25 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
 def open_folder(name: str | Path) -> Loaded:
     """The model in a folder, with the heads that it has; an adapter's on its base. Raises RonnaError."""
     folder = local_folder(str(name))
-    if not is_adapter(folder):
-        return load_folder(folder)
+    loaded = open_adapted(folder, name) if is_adapter(folder) else load_folder(folder)
+    if "embedding_pooling" not in loaded.config and (pool := embedding_pool(folder)):
+        loaded.config["embedding_pooling"] = pool
+    return loaded
+
+
+def embedding_pool(folder: Path) -> str | None:
+    """How a folder of `sentence-transformers` pools, where it is one that we can."""
+    try:
+        said = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    modes = {name for name, value in said.items() if name.startswith("pooling_mode") and value is True}
+    known = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
+    return next((pool for name, pool in known.items() if modes == {f"pooling_mode_{name}"}), None)
+
+
+def open_adapted(folder: Path, name: str | Path) -> Loaded:
+    """A base with the adapter in `folder` on it."""
     adapter = read_adapter(folder)
     base = Path(adapter.base)
     if not base.is_dir() and str(name).startswith(HUB):  # the adapter is from there, so its base is too

@@ -159,6 +159,19 @@ class Head(nn.Module):
         return self.logits(self.transform(x))
 
 
+def pooled_places(sequences: Sequences, pool: c.Pool) -> Tensor | None:
+    """(B,) places whose states `pool` takes; None: all."""
+    return {"first": sequences.starts, "last": sequences.last}.get(pool)
+
+
+def pooled(x: Tensor, sequences: Sequences, pool: c.Pool) -> Tensor:
+    """States at `pooled_places` to one (B, C) a sequence."""
+    if pool != "mean":
+        return x
+    sums = x.new_zeros(len(sequences), x.shape[-1]).index_add(0, sequences.owner, x)
+    return sums / sequences.lengths.to(x.device, x.dtype)[:, None]
+
+
 class Classifier(nn.Module):
     """Hidden states, those at `reads`, to scores: (B, labels) of sequences or pairs, (M, labels) of tokens."""
 
@@ -171,23 +184,11 @@ class Classifier(nn.Module):
 
     def reads(self, sequences: Sequences, at: Tensor | None) -> Tensor | None:
         """Places whose states the scores are made of: the tokens `at`, or what is pooled; None: all."""
-        if self.cfg.of != "sequence":
-            return at
-        match self.cfg.pool:
-            case "first":
-                return sequences.starts
-            case "last":
-                return sequences.last
-        return None
-
-    def pool(self, x: Tensor, sequences: Sequences) -> Tensor:
-        if self.cfg.of != "sequence" or self.cfg.pool != "mean":
-            return x
-        sums = x.new_zeros(len(sequences), x.shape[-1]).index_add(0, sequences.owner, x)
-        return sums / sequences.lengths.to(x.device, x.dtype)[:, None]
+        return pooled_places(sequences, self.cfg.pool) if self.cfg.of == "sequence" else at
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        x = self.pool(x, sequences)
+        if self.cfg.of == "sequence":
+            x = pooled(x, sequences, self.cfg.pool)
         if self.dense is not None and self.cfg.dense is not None:
             x = dropout(x, self.cfg.dense_dropout, self.training)
             x = self.norm(ACTIVATIONS[self.cfg.dense](self.dense(x)))
@@ -249,6 +250,10 @@ class Transformer(nn.Module):
         reads = None if at is None or len(at) == sequences.tokens else Reads(at, sequences.tokens)
         states = stack(self.embed(tokens, sequences, segments), sequences, memory, cache, reads)
         return states if at is None or reads is not None else states.index_select(0, at)
+
+    def pooled(self, tokens: Tensor, sequences: Sequences, pool: c.Pool) -> Tensor:
+        """One state a sequence (B, C), of a model without a classifier."""
+        return pooled(self.hidden(tokens, sequences, at=pooled_places(sequences, pool)), sequences, pool)
 
     def scores(
         self,

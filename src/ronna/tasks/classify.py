@@ -161,6 +161,9 @@ class Classify:
     def folder_keys(self) -> dict[str, Any]:
         return {"threshold": self.config.threshold} if self.problem == "multi" else {}
 
+    def folder_files(self, model: Model) -> dict[str, str]:
+        return {}
+
     def classifier(self, family: Family, model: Model) -> Classifier:
         """The family's, pooled as the config says. Raises RonnaError where a folder could not say so."""
         classifier = classifier_for(family, model, len(self.labels))

@@ -179,6 +179,9 @@ class Relation:
     def folder_keys(self) -> dict[str, Any]:
         return {"relation_markers": list(self.markers)}
 
+    def folder_files(self, model: Model) -> dict[str, str]:
+        return {}
+
     def classifier(self, family: Family, model: Model) -> Classifier:
         return classifier_for(family, model, len(self.labels), "pair")
 

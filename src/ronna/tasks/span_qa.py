@@ -187,6 +187,9 @@ class SpanQA:
     def folder_keys(self) -> dict[str, Any]:
         return {"no_answer": self.optional}
 
+    def folder_files(self, model: Model) -> dict[str, str]:
+        return {}
+
     def classifier(self, family: Family, model: Model) -> Classifier:
         return classifier_for(family, model, 2, "spans")
 

@@ -7,12 +7,21 @@ from pydantic import Field
 from ronna.model.config import Classifier, Unit
 from ronna.tasks.base import Task
 from ronna.tasks.classify import Classify, ClassifyConfig
+from ronna.tasks.embed import Embed, EmbedConfig
 from ronna.tasks.relation import Relation, RelationConfig
 from ronna.tasks.span_qa import SpanQA, SpanQAConfig
 from ronna.tasks.tag import Tag, TagConfig
 
-TaskConfig = Annotated[ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig, Field(discriminator="kind")]
-TASKS: dict[str, type[Task]] = {"classify": Classify, "tag": Tag, "relation": Relation, "span_qa": SpanQA}
+TaskConfig = Annotated[
+    ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig | EmbedConfig, Field(discriminator="kind")
+]
+TASKS: dict[str, type[Task]] = {
+    "classify": Classify,
+    "tag": Tag,
+    "relation": Relation,
+    "span_qa": SpanQA,
+    "embed": Embed,
+}
 OF: dict[Unit, type[Task]] = {"sequence": Classify, "tokens": Tag, "spans": SpanQA, "pair": Relation}
 
 

@@ -118,6 +118,9 @@ class Tag:
     def folder_keys(self) -> dict[str, Any]:
         return {}
 
+    def folder_files(self, model: Model) -> dict[str, str]:
+        return {}
+
     def classifier(self, family: Family, model: Model) -> Classifier:
         return classifier_for(family, model, len(self.labels), "tokens")
 

@@ -23,6 +23,7 @@ from ronna.serve.decode import Generation, generate, perplexity
 from ronna.serve.sampling import GenerateConfig
 from ronna.stored import open_folder
 from ronna.tasks.base import Task, read_rows, unfolded
+from ronna.tasks.embed import Embed
 from ronna.tasks.metrics import perplexity_scores
 from ronna.tasks.schema import peek
 from ronna.tasks.table import task_of
@@ -95,6 +96,8 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
     task = None
     if model.classifier is not None and model.head is None:
         task = task_of(model.classifier.cfg).restore(loaded.config, tokenizer, length)
+    elif model.head is None and "embedding_pooling" in loaded.config:
+        task = Embed.restore(loaded.config, tokenizer, length)
     start = loaded.config.get("decoder_start_token_id", tokenizer.pad_id)
     return Loaded(folder, model, tokenizer, task, start, length)
 
