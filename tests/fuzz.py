@@ -62,6 +62,20 @@ def parquet() -> bytes:
     return out.getvalue()
 
 
+def columns() -> bytes:
+    words = [
+        "EU NNP B-ORG",
+        "rejects VBZ O",
+        "",
+        "# a remark",
+        "北京 NR B-LOC",
+        "\U0001f469\u200d\U0001f680 SYM O",
+        "-DOCSTART- O",
+        "",
+    ]
+    return "\n".join([*words, "Peter NNP I-PER"]).encode()
+
+
 FORMATS = {
     "a.jsonl": lines,
     "a.json": lambda: json.dumps(TABLE, ensure_ascii=False, indent=1).encode(),
@@ -71,6 +85,7 @@ FORMATS = {
     "a.parquet": parquet,
     "a.jsonl.gz": lambda: gzip.compress(lines(), mtime=0),
     "a.jsonl.zst": lambda: zstandard.ZstdCompressor().compress(lines()),
+    "a.conll": columns,
     "a": lines,
 }
 

@@ -242,9 +242,9 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     # The folder will tell whoever loads it to cut texts where training cut them.
     saved = tokenizer.with_max_length(length)
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
-    parts.labels, parts.problem_type, parts.folder_keys = task.labels, task.problem_type, task.folder_keys
+    parts.labels, parts.problem_type, parts.folder_keys = task.score_names, task.problem_type, task.folder_keys
     parts.folder_files = task.folder_files(cfg)
-    if run.train.micro_batch and getattr(task, "whole_batch", False):
+    if run.train.micro_batch and task.whole_batch:
         fix = "leave it out, and lower train.batch where memory is short"
         raise RonnaError(f"the loss of {task.kind} is of a whole batch", where="train.micro_batch", fix=fix)
     if run.peft is not None:

@@ -19,6 +19,10 @@ class Penalised:
     name: str
     penalty: Callable[[], Tensor]
 
+    @property
+    def whole_batch(self) -> bool:
+        return getattr(self.objective, "whole_batch", False)
+
     def samples(self, item: Any, rng: np.random.Generator) -> list[Sample]:
         return self.objective.samples(item, rng)
 

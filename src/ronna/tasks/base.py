@@ -1,7 +1,8 @@
 """What `finetune`, `evaluate` and `predict` ask of a task, and what tasks share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from ronna.data.sources import Record
 from ronna.model.config import Classifier, Model
 from ronna.model.families import Family
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Objective
+from ronna.objectives.base import Batch, Loss, Sample
 from ronna.tasks.metrics import Scores
 from ronna.tasks.schema import Columns
 from ronna.text.tokenizer import Tokenizer
@@ -30,91 +31,114 @@ class Row(Protocol):
         ...
 
 
-class Task(Objective, Protocol):
+class Task(ABC):
     """An objective that answers: rows -> examples -> scores -> answers and measures.
 
-    The class knows how rows of its kind are read; an instance knows labels and tokenizer too. Examples are the items
-    of training, one a row; scores are in their order.
+    The class knows how rows of its kind are read; an instance knows its labels and tokenizer too. Examples are the
+    items of training; scores are in their order.
     """
 
-    @property
-    def kind(self) -> str:
-        """As a run file calls it."""
-        ...
+    kind: ClassVar[str]  # as a run file calls it
+    whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole, which may then not be cut
+
+    # From records to rows
+
+    @classmethod
+    @abstractmethod
+    def columns(
+        cls, record: Record, *, text: str | None, pair: str | None, label: str | None, labelled: bool = True
+    ) -> Columns:
+        """Which columns to read, by a first record and the user's names. Raises RonnaError."""
+
+    @classmethod
+    def unfold(cls, record: Record) -> Iterator[Record]:
+        """The records that a record stands for."""
+        yield record
+
+    @classmethod
+    @abstractmethod
+    def row(cls, record: Record, columns: Columns) -> Any:
+        """A `Row`. Raises BadRow for a record without a usable input or label."""
+
+    @abstractmethod
+    def rows(self, texts: Sequence[Any], pairs: Sequence[str] | None) -> list[Any]:
+        """Unlabelled rows of what a caller has at hand."""
+
+    def check_labels(self, rows: Sequence[Any], where: str) -> None:  # noqa: B027 - a score or a span is always one
+        """Raises RonnaError for a label that the training data does not have."""
+
+    # From training rows or a folder to a task, and back
+
+    @classmethod
+    @abstractmethod
+    def learn(cls, config: Any, rows: Sequence[Any], tokenizer: Tokenizer, length: int) -> Self:
+        """The task that the training rows set. Raises RonnaError."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, config: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> Self:
+        """The task of a folder, by its config.json. Raises RonnaError."""
 
     @property
-    def labels(self) -> list[str] | None: ...
-
-    @property
+    @abstractmethod
     def title(self) -> str: ...
 
     @property
     def problem_type(self) -> str | None:
         """As config.json calls it, where transformers has a word for it."""
-        ...
+        return None
+
+    @property
+    def score_names(self) -> list[str] | None:
+        """Of the classifier, for config.json; None where there is none."""
+        return None
 
     @property
     def folder_keys(self) -> dict[str, Any]:
         """What else config.json is to say, for `restore`."""
-        ...
-
-    @property
-    def monitor(self) -> str:
-        """The metric, higher is better, that early stopping and the choice of the best checkpoint look at."""
-        ...
-
-    @classmethod
-    def columns(
-        cls, record: Record, *, text: str | None, pair: str | None, label: str | None, labelled: bool = True
-    ) -> Columns:
-        """Which columns to read, by a first record and the user's names. Raises RonnaError."""
-        ...
-
-    @classmethod
-    def unfold(cls, record: Record) -> Iterator[Record]:
-        """The records that a record stands for: mostly itself."""
-        ...
-
-    @classmethod
-    def row(cls, record: Record, columns: Columns) -> Row:
-        """Raises BadRow for a record without a usable input or label."""
-        ...
-
-    @classmethod
-    def learn(cls, config: Any, rows: Sequence[Any], tokenizer: Tokenizer, length: int) -> Self:
-        """The task that the training rows set. Raises RonnaError."""
-        ...
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> Self:
-        """The task of a folder, by its config.json."""
-        ...
+        return {}
 
     def folder_files(self, model: Model) -> dict[str, str]:
         """Further files that a folder is to have, by name."""
-        ...
+        return {}
 
-    def classifier(self, family: Family, model: Model) -> Classifier | None: ...
+    @abstractmethod
+    def classifier(self, family: Family, model: Model) -> Classifier | None:
+        """The head it needs. Raises RonnaError where the family has none."""
 
-    def rows(self, texts: Sequence[Any], pairs: Sequence[str] | None) -> list[Any]:
-        """Unlabelled rows of what a caller has at hand."""
-        ...
+    # An objective, as `ronna.objectives.base` asks for
 
-    def check_labels(self, rows: Sequence[Any], where: str) -> None:
-        """Raises RonnaError for a label that the training data does not have."""
-        ...
+    @abstractmethod
+    def samples(self, item: Any, rng: np.random.Generator) -> list[Sample]: ...
 
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, int]: ...
+
+    @abstractmethod
+    def loss(self, model: Transformer, batch: Batch) -> Loss: ...
+
+    # From rows to answers
+
+    @property
+    @abstractmethod
+    def monitor(self) -> str:
+        """The metric, higher is better, that early stopping and the choice of the best checkpoint look at."""
+
+    @abstractmethod
     def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
 
+    @abstractmethod
     def infer(self, model: Transformer, examples: Sequence[Any]) -> Any: ...
 
+    @abstractmethod
     def mean_loss(self, examples: Sequence[Any], scores: Any) -> float: ...
 
+    @abstractmethod
     def measure(self, examples: Sequence[Any], scores: Any) -> Scores: ...
 
+    @abstractmethod
     def decode(self, rows: Sequence[Any], examples: Sequence[Any], scores: Any) -> list[dict[str, Any]]:
         """What `predict` says of each row."""
-        ...
 
 
 def read_rows(task: type[Task], records: Iterable[Record], columns: Columns, bad: BadRows) -> Iterator[Any]:

@@ -4,7 +4,7 @@ Legend: B sequences, K labels.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -23,7 +23,7 @@ from ronna.model.families import Family, classifier_for, label_names
 from ronna.model.folder import refuse_untrue
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
-from ronna.tasks.base import like_lengths
+from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
@@ -99,7 +99,7 @@ def collect_labels(labels: Sequence[Any], problem: Problem) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Classify:
+class Classify(Task):
     """The task as an objective, and its way back from scores to labels."""
 
     config: ClassifyConfig
@@ -110,10 +110,6 @@ class Classify:
     weights: Tensor | None = None  # (K,), of the loss
 
     kind = "classify"
-
-    @classmethod
-    def unfold(cls, record: Record) -> Iterator[Record]:
-        yield record
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Row:
@@ -146,6 +142,10 @@ class Classify:
         return cls(own, tokenizer, problem, label_names(config), length)
 
     @property
+    def score_names(self) -> list[str]:
+        return self.labels
+
+    @property
     def title(self) -> str:
         return (
             "regression"
@@ -160,9 +160,6 @@ class Classify:
     @property
     def folder_keys(self) -> dict[str, Any]:
         return {"threshold": self.config.threshold} if self.problem == "multi" else {}
-
-    def folder_files(self, model: Model) -> dict[str, str]:
-        return {}
 
     def classifier(self, family: Family, model: Model) -> Classifier:
         """The family's, pooled as the config says. Raises RonnaError where a folder could not say so."""

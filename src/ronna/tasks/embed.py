@@ -6,7 +6,7 @@ Legend: B texts, C channels, n anchors, m candidates.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -24,7 +24,7 @@ from ronna.model.config import Model
 from ronna.model.families import Family
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate
-from ronna.tasks.base import like_lengths
+from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.metrics import Scores, mean_scores, regression_scores
 from ronna.tasks.schema import Columns, Usual, find_columns
@@ -105,7 +105,7 @@ def number(value: Any) -> float | None:
 
 
 @dataclass(frozen=True)
-class Embed:
+class Embed(Task):
     """The task as an objective, and its vectors."""
 
     config: EmbedConfig
@@ -113,14 +113,8 @@ class Embed:
     length: int
 
     kind = "embed"
-    problem_type = None
     monitor = "spearman"
-    labels: None = None
     whole_batch = True  # the loss is of all texts of a batch together: it may not be cut into micro-batches
-
-    @classmethod
-    def unfold(cls, record: Record) -> Iterator[Record]:
-        yield record
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Group:
@@ -177,9 +171,6 @@ class Embed:
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Group]:
         others = pairs if pairs is not None else [None] * len(texts)
         return [Group(text, other, None, None) for text, other in zip(texts, others, strict=True)]
-
-    def check_labels(self, rows: Sequence[Group], where: str) -> None:
-        """Every score is one."""
 
     # From rows to examples
 

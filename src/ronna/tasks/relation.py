@@ -6,7 +6,7 @@ Zhou and Chen (2021) found that they serve as well as new ones: nothing has to b
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
@@ -22,7 +22,7 @@ from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, label_names
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
-from ronna.tasks.base import like_lengths
+from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import cross_entropy
 from ronna.tasks.metrics import Scores, relation_scores
@@ -129,7 +129,7 @@ def choose_markers(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Relation:
+class Relation(Task):
     """The task as an objective, and its way back from scores to relations."""
 
     config: RelationConfig
@@ -141,10 +141,6 @@ class Relation:
     kind = "relation"
     problem_type = "single_label_classification"
     monitor = "macro_f1"
-
-    @classmethod
-    def unfold(cls, record: Record) -> Iterator[Record]:
-        yield record
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Pair:
@@ -172,15 +168,16 @@ class Relation:
         return cls(RelationConfig(), tokenizer, label_names(config), length, (marks[0], marks[1]))
 
     @property
+    def score_names(self) -> list[str]:
+        return self.labels
+
+    @property
     def title(self) -> str:
         return f"{len(self.labels)} relations between two entities, marked {self.markers[0]} and {self.markers[1]}"
 
     @property
     def folder_keys(self) -> dict[str, Any]:
         return {"relation_markers": list(self.markers)}
-
-    def folder_files(self, model: Model) -> dict[str, str]:
-        return {}
 
     def classifier(self, family: Family, model: Model) -> Classifier:
         return classifier_for(family, model, len(self.labels), "pair")

@@ -23,7 +23,7 @@ from ronna.model.families import Family, classifier_for
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.answers import best_of, counting_of
-from ronna.tasks.base import like_lengths
+from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.metrics import Scores, mean_scores
 from ronna.tasks.schema import Columns, Usual, find_columns
 from ronna.text.tokenizer import Encoded, Tokenizer
@@ -137,7 +137,7 @@ def placed(text: Any, start: Any, context: str) -> Answer:
 
 
 @dataclass(frozen=True)
-class SpanQA:
+class SpanQA(Task):
     """The task as an objective, and its way back from scores to answers."""
 
     config: SpanQAConfig
@@ -146,7 +146,6 @@ class SpanQA:
     optional: bool  # whether a question may have no answer
 
     kind = "span_qa"
-    problem_type = None
     monitor = "f1"
 
     @classmethod
@@ -176,7 +175,7 @@ class SpanQA:
         return cls(SpanQAConfig(), tokenizer, length, config.get("no_answer") is True)
 
     @property
-    def labels(self) -> list[str]:
+    def score_names(self) -> list[str]:
         return ["start", "end"]
 
     @property
@@ -187,9 +186,6 @@ class SpanQA:
     def folder_keys(self) -> dict[str, Any]:
         return {"no_answer": self.optional}
 
-    def folder_files(self, model: Model) -> dict[str, str]:
-        return {}
-
     def classifier(self, family: Family, model: Model) -> Classifier:
         return classifier_for(family, model, 2, "spans")
 
@@ -197,9 +193,6 @@ class SpanQA:
         if pairs is None:
             raise RonnaError("a question needs its context", fix="give the contexts as the second texts")
         return [Question(text, context, None) for text, context in zip(texts, pairs, strict=True)]
-
-    def check_labels(self, rows: Sequence[Question], where: str) -> None:
-        """Every answer is one."""
 
     # From rows to examples
 

@@ -20,7 +20,7 @@ from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, label_names
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
-from ronna.tasks.base import like_lengths
+from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.metrics import Scores, span_scores
 from ronna.tasks.schema import Columns, Usual, find_columns
 from ronna.tasks.tags import Rules, Scheme, Span, best_tags, rules_of, spans_of, tag_names, tags_of
@@ -56,7 +56,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tag:
+class Tag(Task):
     """The task as an objective, and its way back from scores to entities."""
 
     config: TagConfig
@@ -65,12 +65,7 @@ class Tag:
     length: int
 
     kind = "tag"
-    problem_type = None
     monitor = "f1"
-
-    @classmethod
-    def unfold(cls, record: Record) -> Iterator[Record]:
-        yield record
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Sentence:
@@ -103,6 +98,10 @@ class Tag:
         return cls(TagConfig(), tokenizer, labels, length)
 
     @property
+    def score_names(self) -> list[str]:
+        return self.labels
+
+    @property
     def title(self) -> str:
         return f"entities of {len(self.types)} types ({', '.join(self.types[:12])}{', ...' * (len(self.types) > 12)})"
 
@@ -113,13 +112,6 @@ class Tag:
     @property
     def rules(self) -> Rules:
         return rules_of(self.labels)
-
-    @property
-    def folder_keys(self) -> dict[str, Any]:
-        return {}
-
-    def folder_files(self, model: Model) -> dict[str, str]:
-        return {}
 
     def classifier(self, family: Family, model: Model) -> Classifier:
         return classifier_for(family, model, len(self.labels), "tokens")
