@@ -284,3 +284,8 @@ def test_span_qa_from_the_command_line(tiny_bert, quiz, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"question": "what"}) + "\n")
     assert main(["predict", *use, "--input", f"{tmp_path}/bad.jsonl"]) == 2
     assert "no column looks like a context" in capsys.readouterr().err
+
+
+def test_a_missing_column_is_called_by_what_it_is():
+    with pytest.raises(RonnaError, match="looks like a question"):
+        SpanQA.columns(record(title="t", context="c"), text=None, pair=None, label=None)

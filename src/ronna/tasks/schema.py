@@ -30,6 +30,7 @@ class Usual(NamedTuple):
     texts: Sequence[str]
     pairs: Sequence[str] = ()
     labels: Sequence[str] = ()
+    called: str = "text"  # what the first text is to the task
 
 
 CLASSIFIED = Usual(TEXTS, PAIRS, LABELS)
@@ -76,8 +77,9 @@ def find_columns(
     label_column = choose("label", label, usual.labels, fields, where)
     for role, column, needed in (("text", text_column, True), ("label", label_column, need_label)):
         if column is None and needed:
+            called = usual.called if role == "text" else role
             raise RonnaError(
-                f"no column looks like a {role}; the columns are {', '.join(fields)}",
+                f"no column looks like a {called}; the columns are {', '.join(fields)}",
                 where=where,
                 fix=f"name it: --set data.{role}=COLUMN",
             )

@@ -29,7 +29,10 @@ from ronna.tasks.schema import Columns, Usual, find_columns
 from ronna.text.tokenizer import Encoded, Tokenizer
 
 USUAL = Usual(
-    texts=("question", "query"), pairs=("context", "passage", "paragraph", "document"), labels=("answers", "answer")
+    texts=("question", "query"),
+    pairs=("context", "passage", "paragraph", "document"),
+    labels=("answers", "answer"),
+    called="question",
 )
 
 
