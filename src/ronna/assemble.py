@@ -238,6 +238,9 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
         "tokenizer": tokenizer.hash,
     }
     tokens = [[s.tokens for s in task.samples(e, sample_rng(0, 0))] for e in examples["train"]]
+    if not any(tokens):
+        fix = "look at the rows with `ronna data inspect`, or raise train.length"
+        raise RonnaError("no training row gives anything to learn", where=run.data.train, fix=fix)
     lengths = np.array([sum(map(len, some)) for some in tokens])
     # The folder will tell whoever loads it to cut texts where training cut them.
     saved = tokenizer.with_max_length(length)

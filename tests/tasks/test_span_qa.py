@@ -289,3 +289,13 @@ def test_span_qa_from_the_command_line(tiny_bert, quiz, tmp_path, capsys):
 def test_a_missing_column_is_called_by_what_it_is():
     with pytest.raises(RonnaError, match="looks like a question"):
         SpanQA.columns(record(title="t", context="c"), text=None, pair=None, label=None)
+
+
+def test_training_rows_with_nothing_to_learn_are_refused(tiny_bert, tmp_path, capsys):
+    context = " ".join(["the film was good"] * 20)
+    long = context[:200].strip()
+    rows = [{"question": "what", "context": f"{context} {i}", "answers": long} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    call = ["finetune", "--task", "span_qa", "--model", str(tiny_bert), "--train", f"{tmp_path}/train.jsonl"]
+    assert main([*call, "--out", f"{tmp_path}/run", "--length", "32"]) == 2
+    assert "no training row gives anything to learn" in capsys.readouterr().err
