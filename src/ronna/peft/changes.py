@@ -3,6 +3,7 @@
 Legend: T tokens, I inputs and O outputs of a linear map, r rank.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,12 +14,12 @@ from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 
 
-class Change(nn.Module):
+class Change(nn.Module, ABC):
     """What one adapter does to one linear map."""
 
+    @abstractmethod
     def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
         """The changed output (T, O), given the map, its input (T, I) and its output as it is without this adapter."""
-        raise NotImplementedError
 
     def merged_weight(self, base: Linear) -> Tensor:
         """The weight (O, I), fp32, of the one linear map that does both. Raises RonnaError where there is none."""

@@ -26,7 +26,7 @@ from ronna.model.families import Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
-from ronna.peft.changes import attach, changed_linears
+from ronna.peft.changes import attach
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME, PeftConfig, adapt
 
@@ -298,6 +298,3 @@ def put(parameter: torch.nn.Parameter, value: Tensor, name: str, adapter: Adapte
         shapes = f"{list(value.shape)}, the model has {list(parameter.shape)}"
         raise RonnaError(f"{name} has shape {shapes}", where=str(adapter.folder), fix=FITS)
     parameter.data.copy_(value)
-
-
-__all__ = ["AdapterFolder", "attach_adapter", "changed_linears", "is_adapter", "read_adapter", "write_adapter"]

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ronna.base.config import Config, build
 from ronna.base.errors import RonnaError
-from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
 from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, label_names
@@ -28,7 +27,7 @@ from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
-from ronna.tasks.schema import Columns, find_columns
+from ronna.tasks.schema import Columns, find_columns, usable_text
 from ronna.text.tokenizer import Tokenizer
 
 Problem = Literal["single", "multi", "regression"]
@@ -69,16 +68,10 @@ class Example(NamedTuple):
 
 def usable_row(record: Record, columns: Columns) -> Row:
     """Raises BadRow where the text or the label is not one."""
-    texts: list[str | None] = []
-    for column in (columns.text, columns.pair):
-        value = record.fields.get(column) if column else None
-        if column and not isinstance(value, str):
-            raise BadRow("text is not a string", f"{column} = {value!r}"[:200])
-        if isinstance(value, str) and not value.strip():
-            raise BadRow("empty text", str(column))
-        texts.append(value)
+    text = usable_text(record, columns.text)
+    pair = usable_text(record, columns.pair) if columns.pair else None
     label = usable_label(record.fields.get(columns.label), columns.label) if columns.label else None
-    return Row(texts[0] or "", texts[1], label)
+    return Row(text, pair, label)
 
 
 def detect_problem(labels: Sequence[Any]) -> Problem:

@@ -27,7 +27,7 @@ from ronna.objectives.base import Batch, Loss, Sample, collate
 from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.metrics import Scores, mean_scores, regression_scores
-from ronna.tasks.schema import Columns, Usual, find_columns
+from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
 from ronna.text.tokenizer import Tokenizer
 
 USUAL = Usual(
@@ -72,16 +72,9 @@ class Example(NamedTuple):
 
 def read_group(record: Record, columns: Columns) -> Group:
     """Raises BadRow for a record without usable texts, or with a label that is neither a score nor of inference."""
-    texts: list[str | None] = []
     negative = next((name for name in NEGATIVES if name in record.fields), None)
-    for column in (columns.text, columns.pair, negative):
-        value = record.fields.get(column) if column else None
-        if column and not isinstance(value, str):
-            raise BadRow("text is not a string", f"{column} = {value!r}"[:200])
-        if isinstance(value, str) and not value.strip():
-            raise BadRow("empty text", str(column))
-        texts.append(value)
-    anchor, other, wrong = texts[0] or "", texts[1], texts[2]
+    anchor = usable_text(record, columns.text)
+    other, wrong = (usable_text(record, column) if column else None for column in (columns.pair, negative))
     if columns.label is None or columns.pair is None:
         return Group(anchor, other, wrong, None)
     label = record.fields.get(columns.label)

@@ -29,8 +29,9 @@ def label_name(label: Any) -> str:
 
 def check_known(labels: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raises RonnaError for a label that the training data does not have."""
+    names = set(known)
     for label in labels:
-        if label not in known:
+        if label not in names:
             raise RonnaError(
                 f"label {label!r} is not among the {len(known)} labels of the training data "
                 f"({', '.join(known[:12])}{', ...' if len(known) > 12 else ''})",

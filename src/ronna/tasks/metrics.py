@@ -66,19 +66,16 @@ def classification_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequenc
     class found in neither gold nor predictions takes no part in a macro average (both are noted).
     Raises RonnaError when empty, of unequal length, or out of range.
     """
-    size = len(labels)
-    gold, predicted = _pair(_ids(gold, "gold", size), _ids(predicted, "predicted", size))
-    confusion = np.zeros((size, size), dtype=np.int64)
-    np.add.at(confusion, (gold, predicted), 1)
+    confusion = _confusion(gold, predicted, len(labels))
     true, guess = np.nonzero(confusion)
     times = confusion[true, guess]
     metrics, notes = bootstrap(single_label(true, guess, times), times, seed=seed)
     sums = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     return Scores(
-        rows=len(gold),
+        rows=int(confusion.sum()),
         metrics=metrics,
         classes=_class_rows(labels, *sums),
-        averages=tuple(_average_row(kind, metrics, len(gold)) for kind in ("macro", "weighted")),
+        averages=tuple(_average_row(kind, metrics, int(confusion.sum())) for kind in ("macro", "weighted")),
         labels=tuple(labels),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         notes=(*_absences(labels, *sums), *notes),
@@ -163,10 +160,7 @@ def relation_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]
     no_relation) are no class of their own. macro_f1 is the task's official figure; precision, recall and f1 are over
     all relations; accuracy is over all labels. Raises RonnaError when empty, of unequal length, or out of range.
     """
-    size = len(labels)
-    gold, predicted = _pair(_ids(gold, "gold", size), _ids(predicted, "predicted", size))
-    confusion = np.zeros((size, size), dtype=np.int64)
-    np.add.at(confusion, (gold, predicted), 1)
+    confusion = _confusion(gold, predicted, len(labels))
     true, guess = np.nonzero(confusion)
     times = confusion[true, guess]
     bases = [DIRECTION.sub("", label) for label in labels]
@@ -182,7 +176,7 @@ def relation_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]
     sums = tuple((times[:, None] * part).sum(0) for part in parts)
     support = int(sums[1].sum())
     return Scores(
-        rows=len(gold),
+        rows=int(confusion.sum()),
         metrics=metrics,
         classes=_class_rows(kinds, *sums),
         averages=(_average_row("macro", metrics, support),),
@@ -264,6 +258,14 @@ def paired_difference(
 
     metrics, notes = bootstrap(difference, times, seed=seed, test_zero=True)
     return Scores(int(times.sum()), metrics, notes=notes)
+
+
+def _confusion(gold: ArrayLike, predicted: ArrayLike, size: int) -> NDArray[np.int64]:
+    """(K, K) rows by gold and predicted class, once both are checked."""
+    true, guess = _pair(_ids(gold, "gold", size), _ids(predicted, "predicted", size))
+    confusion = np.zeros((size, size), dtype=np.int64)
+    np.add.at(confusion, (true, guess), 1)
+    return confusion
 
 
 def _class_rows(

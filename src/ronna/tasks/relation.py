@@ -26,7 +26,7 @@ from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import cross_entropy
 from ronna.tasks.metrics import Scores, relation_scores
-from ronna.tasks.schema import Columns, Usual, find_columns
+from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
 from ronna.tasks.words import Extent
 from ronna.text.tokenizer import EncodedWords, Tokenizer
 
@@ -69,9 +69,7 @@ class Example(NamedTuple):
 
 def read_pair(record: Record, columns: Columns) -> Pair:
     """Raises BadRow for a record without a text that has two marked entities."""
-    text = record.fields.get(columns.text)
-    if not isinstance(text, str) or not text.strip():
-        raise BadRow("empty text" if isinstance(text, str) else "text is not a string", columns.text)
+    text = usable_text(record, columns.text)
     label = usable_label(record.fields.get(columns.label), columns.label) if columns.label else None
     names = next((pair for pair in SPANS if all(name in record.fields for name in pair)), None)
     if names is not None:

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ronna.base.errors import RonnaError
+from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
 
 TEXTS = (
@@ -85,6 +86,16 @@ def find_columns(
             )
     assert text_column is not None
     return Columns(text_column, pair_column, label_column)
+
+
+def usable_text(record: Record, column: str) -> str:
+    """Raises BadRow for what is not a string, or is an empty one."""
+    value = record.fields.get(column)
+    if not isinstance(value, str):
+        raise BadRow("text is not a string", f"{column} = {value!r}"[:200])
+    if not value.strip():
+        raise BadRow("empty text", column)
+    return value
 
 
 def peek(records: Iterable[Record]) -> tuple[Record | None, Iterable[Record]]:

@@ -25,7 +25,7 @@ from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.answers import best_of, counting_of
 from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.metrics import Scores, mean_scores
-from ronna.tasks.schema import Columns, Usual, find_columns
+from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
 from ronna.text.tokenizer import Encoded, Tokenizer
 
 USUAL = Usual(
@@ -93,13 +93,7 @@ def unfold(record: Record) -> Iterator[Record]:
 
 def read_question(record: Record, columns: Columns) -> Question:
     """Raises BadRow for a record without question and context, and for answers that the context does not have."""
-    question, context = record.fields.get(columns.text), record.fields.get(columns.pair or "context")
-    for name, value in ((columns.text, question), (columns.pair, context)):
-        if not isinstance(value, str):
-            raise BadRow("text is not a string", f"{name} = {value!r}"[:200])
-        if not value.strip():
-            raise BadRow("empty text", str(name))
-    assert isinstance(question, str) and isinstance(context, str)
+    question, context = usable_text(record, columns.text), usable_text(record, columns.pair or "context")
     if columns.label is None:
         return Question(question, context, None)
     if columns.label not in record.fields:
