@@ -65,3 +65,21 @@ def tiny_gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_folder(build(cfg, seed=0), family, folder)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 folder of a few thousand random weights with its own small tokenizer."""
+    from ronna.model.families import preset
+    from ronna.model.folder import save_folder
+    from ronna.model.init import build
+    from ronna.text.tokenizer import TokenizerConfig, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-t5")
+    config = TokenizerConfig(kind="bpe", specials="t5", sentinels=0, vocab=300)
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "d_kv": 16, "d_ff": 64}
+    family, cfg = preset("t5-tiny", vocab_size=tokenizer.vocab_size, **sizes)
+    save_folder(build(cfg, seed=0), family, folder)
+    tokenizer.save(folder)
+    return folder

@@ -18,7 +18,7 @@ from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
 from ronna.labelled import read_splits, resolve_splits
 from ronna.model.config import Classifier, Model
-from ronna.model.families import Family, preset, read_config, with_dropout
+from ronna.model.families import PRESETS, Family, preset, read_config, read_config_json, with_dropout
 from ronna.model.folder import load_folder
 from ronna.model.init import build
 from ronna.model.tensorfiles import fingerprint
@@ -31,7 +31,7 @@ from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
 from ronna.objectives.penalty import Penalised
 from ronna.peft.adalora import AdaLoraConfig, orthogonality, triplets_of
 from ronna.peft.methods import NAME, PeftConfig, adapt, trained
-from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun
+from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun, StartConfig
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
 from ronna.tasks.table import TASKS
@@ -69,6 +69,9 @@ class Parts:
 
 
 def assemble_pretrain(run: PretrainRun) -> Parts:
+    if run.train.batch_tokens is not None:
+        fix = "leave it out: batch rows of length tokens are a step"
+        raise RonnaError("rows of pre-training are of one length", where="train.batch_tokens", fix=fix)
     shards = Shards(Path(run.data.train))
     shards.verify()  # a flipped bit in the data is as bad as one in a checkpoint, and cheaper to find now
     tokenizer = shards_tokenizer(shards, run.data.train)
@@ -221,14 +224,14 @@ def set_dropout(model: Transformer, family: Family, config: ModelConfig) -> Tran
 
 def assemble_finetune(run: FinetuneRun) -> Parts:
     folder = local_folder(run.model.name)
-    family, cfg = read_config(folder)  # a mistyped folder should not wait for the data to be read
+    family, cfg, tokenizer = starting_point(run.model, folder)  # a mistyped folder should not wait for the data
     kind, splits = TASKS[run.task.kind], resolve_splits(run.data)
     rows, account = read_splits(kind, splits, run.data, Path(run.out))
-    tokenizer = load_tokenizer(folder)
     length = run.train.length if cfg.max_length is None else min(run.train.length, cfg.max_length)
     task = kind.learn(run.task, rows["train"], tokenizer, length)
+    task = task.on(cfg, read_config_json(folder) if folder.is_dir() else {})
     say(f"task: {task.title}")
-    model = finetune_model(run, folder, family, cfg, task.classifier(family, cfg))
+    model = finetune_model(run, folder, family, cfg, task)
     examples: dict[str, list[Any]] = {}
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
@@ -237,7 +240,8 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
         "data": hash_files([p for paths in splits.values() for p in paths]),
         "tokenizer": tokenizer.hash,
     }
-    tokens = [[s.tokens for s in task.samples(e, sample_rng(0, 0))] for e in examples["train"]]
+    samples = [task.samples(e, sample_rng(0, 0)) for e in examples["train"]]
+    tokens = [[t for s in some for t in (s.tokens, s.source) if t is not None] for some in samples]
     if not any(tokens):
         fix = "look at the rows with `ronna data inspect`, or raise train.length"
         raise RonnaError("no training row gives anything to learn", where=run.data.train, fix=fix)
@@ -261,7 +265,7 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
 
 def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Path) -> None:
     """Freeze the model but for a fresh adapter, and remember which base it belongs to."""
-    if run.model.scratch:
+    if run.model.scratch or not folder.is_dir():
         fix = "leave out one of the two"
         raise RonnaError("an adapter of new weights has no base to stand on", where="model.scratch", fix=fix)
     adapt(parts.model, method, seed=run.seed)
@@ -277,13 +281,9 @@ def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Pa
 
 
 def judge(task: Task, model: Transformer, examples: list[Any]) -> Evaluation:
-    scores = task.infer(model, examples)
-    measured = task.measure(examples, scores)
-    values = {n: m.value for n, m in measured.metrics.items() if m.value is not None}
-    # Held-out data of another kind than the training data may have another measure: its first one counts.
-    monitor = task.monitor if task.monitor in measured.metrics else next(iter(measured.metrics))
-    values = {monitor: values.get(monitor, float("-inf")), "loss": task.mean_loss(examples, scores)} | values
-    return Evaluation(values, monitor, higher_is_better=True)
+    values = task.judge(model, examples)
+    monitor = next(iter(values))
+    return Evaluation(values, monitor, higher_is_better=monitor != "loss")
 
 
 def hash_files(paths: Sequence[Path]) -> str:
@@ -294,14 +294,24 @@ def hash_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def finetune_model(
-    run: FinetuneRun, folder: Path, family: Family, cfg: Model, classifier: Classifier | None
-) -> Transformer:
-    """The folder's model with this classifier, or the same architecture with new weights."""
-    refuse_settings(run.model)
-    if run.model.scratch:
-        return set_dropout(build(replace(cfg, head=None, classifier=classifier), run.seed), family, run.model)
-    loaded = load_folder(folder, head=False, classifier=classifier, seed=run.seed)
+def starting_point(config: StartConfig, folder: Path) -> tuple[Family, Model, Tokenizer]:
+    """Family, shape and tokenizer of a folder, or of a preset with the user's tokenizer."""
+    if folder.is_dir() or config.tokenizer is None:
+        if folder.is_dir() or config.name not in PRESETS:
+            refuse_settings(config)
+            return *read_config(folder), load_tokenizer(config.tokenizer or folder)
+        fix = "name a folder with one: --tokenizer FOLDER"
+        raise RonnaError(f"the preset {config.name} has no tokenizer of its own", where="model.tokenizer", fix=fix)
+    tokenizer = load_tokenizer(config.tokenizer)
+    return *preset(config.name, vocab_size=tokenizer.vocab_size, **config.settings), tokenizer
+
+
+def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, task: Task) -> Transformer:
+    """The folder's model with the task's head, or the same architecture with new weights."""
+    head, classifier = cfg.head if task.writes else None, task.classifier(family, cfg)
+    if run.model.scratch or not folder.is_dir():
+        return set_dropout(build(replace(cfg, head=head, classifier=classifier), run.seed), family, run.model)
+    loaded = load_folder(folder, head=task.writes, classifier=classifier, seed=run.seed)
     for note in loaded.notes:
         say(note)
     return set_dropout(loaded.model, family, run.model)

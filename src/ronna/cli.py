@@ -63,6 +63,7 @@ VERBS: dict[str, Verb] = {
         "train a tokenizer", "TokenizerRun", "ronna.verbs.prepare:train_tokenizer_run",
         (Flag("--input", "input", "files or folders of text", "+"), OUT,
          Flag("--kind", "tokenizer.kind", "wordpiece, bpe (byte-level), unigram"),
+         Flag("--text", "text", "columns of the text", "+"),
          Flag("--vocab", "tokenizer.vocab", "number of tokens", NUMBER), BAD_ROWS),
     ),
     "prepare": Verb(
@@ -82,8 +83,9 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "train a model for a task on labelled records", "FinetuneRun", "ronna.run:execute",
-        (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed"),
-         Flag("--model", "model.name", "model folder"),
+        (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed, seq2seq"),
+         Flag("--model", "model.name", "model folder, or a preset to train from scratch"),
+         Flag("--tokenizer", "model.tokenizer", "tokenizer folder of a preset"),
          Flag("--peft", "peft.kind", "train an adapter alone: lora, adalora, houlsby, bitfit"),
          Flag("--train", "data.train", "file, or folder with train, validation and test"),
          Flag("--validation", "data.validation", "file"), Flag("--test", "data.test", "file"),

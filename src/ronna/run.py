@@ -59,14 +59,17 @@ class Training:
         self.run, self.parts, self.device, self.resume, self.heap = run, parts, device, resume, heap
         self.out, self.store = Path(run.out), Store(parts)
         config = run.train
-        micro = config.micro_batch or config.batch
         if parts.lengths is None:
+            micro = config.micro_batch or config.batch
             plan, per_epoch = row_plan(len(parts.data), run.seed, config.batch, micro)
         else:
-            plan, per_epoch = length_plan(parts.lengths, run.seed, config.batch, micro)
+            plan, per_epoch = length_plan(
+                parts.lengths, run.seed, config.batch, config.micro_batch, config.batch_tokens
+            )
         self.feed = Feed(parts.objective, parts.data, plan, run.seed, device)
-        tokens_a_step = config.batch * (config.length if parts.lengths is None else float(parts.lengths.mean()))
-        wanted = config.tokens / tokens_a_step if config.tokens else (config.epochs or 1) * per_epoch
+        tokens = len(parts.data) * config.length if parts.lengths is None else float(parts.lengths.sum())
+        epochs = config.tokens / tokens if config.tokens else config.epochs or 1
+        wanted = epochs * per_epoch
         self.total_steps = config.steps or max(1, round(wanted))
         self.allocator: Allocator | None = None
         if isinstance(parts.peft, AdaLoraConfig):

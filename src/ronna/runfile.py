@@ -1,16 +1,16 @@
 """What a run file may say: one frozen model per verb."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ronna.base.config import Config, Tree
 from ronna.base.track import WandbConfig
+from ronna.decoding.sampling import GenerateConfig
 from ronna.objectives.clm import CLMConfig
 from ronna.objectives.denoise import DenoiseConfig
 from ronna.objectives.mlm import MLMConfig
 from ronna.peft.methods import PeftConfig
-from ronna.serve.sampling import GenerateConfig
 from ronna.tasks.classify import ClassifyConfig
 from ronna.tasks.table import TaskConfig
 from ronna.text.clean import CleanConfig
@@ -20,11 +20,25 @@ from ronna.train.optim import AdamW, OptimizerConfig
 from ronna.train.schedule import Linear, Schedule
 
 
+def listed(value: Any) -> Any:
+    """One name is a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Columns = Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)]
+
+
 class ModelConfig(Config):
     name: str  # a model folder, a preset's name, or hub:ORG/NAME
     dropout: float | None = Field(None, ge=0, lt=1)  # None: as the folder or the family has it
     settings: dict[str, int | float] = Field({})  # keys of config.json that a preset is to have otherwise
     scratch: bool = False  # a folder's architecture with new weights, to compare with
+
+
+class StartConfig(ModelConfig):
+    """What fine-tuning starts from: a folder, or a preset with new weights."""
+
+    tokenizer: str | None = None  # folder of one; None: the model folder's own
 
 
 class TrackConfig(Config):
@@ -77,7 +91,7 @@ class FinetuneRun(Config):
     out: str
     seed: int = Field(0, ge=0)
     device: str = "auto"
-    model: ModelConfig
+    model: StartConfig
     data: RecordsConfig
     task: TaskConfig = ClassifyConfig()
     peft: PeftConfig | None = None  # None: every weight learns
@@ -115,7 +129,7 @@ class TokenizerRun(Config):
     verb: Literal["tokenizer train"] = "tokenizer train"
     out: str
     input: tuple[str, ...] = Field(min_length=1)
-    text: str = "text"
+    text: Columns = ("text",)  # columns to read of a record
     max_bad_rows: int = Field(0, ge=0)
     tokenizer: TokenizerConfig = TokenizerConfig()
 

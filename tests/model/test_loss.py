@@ -50,3 +50,18 @@ def test_nothing_to_predict_gives_zero_gradients():
     total, _ = vocabulary_loss(head, x, torch.zeros(0, dtype=torch.long))
     total.backward()
     assert float(total) == 0.0 and not head.logits.weight.grad.any()
+
+
+@pytest.mark.parametrize("tile", [2**21, 37 * 10], ids=["one tile", "tiles"])
+def test_smoothed_loss_is_that_of_torch(tile, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 64 * 37)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    head = HeadModule(Head(tied=False, bias=True), 16, 37).double()
+    x = torch.randn(150, 16, dtype=torch.double, requires_grad=True)
+    labels = torch.randint(37, (150,))
+    expected = F.cross_entropy(head(x), labels, reduction="sum", label_smoothing=0.1)
+    wanted = torch.autograd.grad(expected, [x, *head.parameters()])
+    found, _ = vocabulary_loss(head, x, labels, 0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(found, [x, *head.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -13,6 +13,7 @@ LEVELS = [
     {"base"},
     {"text", "model.config"},
     {"model", "data"},
+    {"decoding"},
     {"objectives", "tasks", "peft", "compress", "parallel", "plan"},
     {"plots", "pages"},
     {"report"},

@@ -211,6 +211,21 @@ def test_length_plan_gives_each_item_once_an_epoch_in_small_spread():
     assert plan(0) != plan(per_epoch)
 
 
+def test_batches_of_tokens_hold_each_item_once_an_epoch_whatever_is_asked_first():
+    lengths = np.random.default_rng(0).integers(1, 60, 300)
+    plan, per_epoch = length_plan(lengths, seed=1, batch=10, micro=None, batch_tokens=256)
+    steps = [plan(step) for step in range(4 * per_epoch)]
+    assert all(sum(lengths[i] for _, i in micro) <= 256 for step in steps for micro in step)
+    pairs = [pair for step in steps for micro in step for pair in micro]
+    places = [place for place, _ in pairs]
+    assert len(set(places)) == len(places)
+    for epoch in range(3):
+        assert sorted(i for place, i in pairs if place // 300 == epoch) == list(range(300))
+    again, _ = length_plan(lengths, seed=1, batch=10, micro=3, batch_tokens=256)
+    assert [p for micro in again(3 * per_epoch) for p in micro] == [p for micro in steps[3 * per_epoch] for p in micro]
+    assert all(len(micro) <= 3 for micro in again(0))
+
+
 def test_a_batch_without_targets_is_skipped_and_counted():
     training = run(tiny(), steps=2)
     empty = Sample(np.array([3, 4]), np.array([], dtype=np.int64), np.array([], dtype=np.int64))

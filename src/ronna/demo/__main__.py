@@ -99,7 +99,7 @@ class Demo:
         return made
 
     def generate(self) -> list[Sample]:
-        from ronna.serve.sampling import GenerateConfig
+        from ronna.decoding.sampling import GenerateConfig
 
         model = api.load(self.path("gpt", "model"))
         config = GenerateConfig(max_tokens=60, temperature=0.7, top_p=0.9, seed=1)

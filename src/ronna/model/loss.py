@@ -17,18 +17,21 @@ TILE_ELEMENTS = 2**21  # of its softmax: 8 MiB in fp32, which stays in a cache
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over M of -log softmax(x W^T + b)[label], a chunk of rows at a time.
+    """Sum over M of -log softmax(x W^T + b) against the label, a chunk of rows at a time; `smoothing` is the share of
+    the target that goes to all V alike (Szegedy et al. 2016).
 
     The gradients are finished in the forward pass, while a chunk's probabilities are at hand, up to the one
     scalar that comes back: no logits are kept and none are computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
         rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
-        need_x, need_w, need_b, _ = ctx.needs_input_grad
+        need_x, need_w, need_b, *_ = ctx.needs_input_grad
         training = need_x or need_w or need_b
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight) if need_w and x.shape[0] == 0 else None
@@ -40,7 +43,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits = F.linear(part, w, b)
             if not training:
                 correct += (logits.argmax(-1, keepdim=True) == gold).sum()
-            total += softmax_in_place(logits, gold, total.dtype, training)
+            total += softmax_in_place(logits, gold, total.dtype, training, smoothing)
             if grad_x is not None:
                 torch.mm(logits, w, out=grad_x[start : start + rows])
             if need_w:
@@ -55,26 +58,32 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors), None
+        return *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors), None, None
 
 
-def softmax_in_place(logits: Tensor, gold: Tensor, dtype: torch.dtype, training: bool) -> Tensor:
+def softmax_in_place(
+    logits: Tensor, gold: Tensor, dtype: torch.dtype, training: bool, smoothing: float = 0.0
+) -> Tensor:
     """Summed loss of logits (rows, V) against gold (rows, 1); training turns them into their own gradient.
 
     Worked out in `dtype`, a tile of rows at a time, so that the passes over it do not go to memory.
     """
     rows = max(1, TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
     total = logits.new_zeros((), dtype=dtype)
+    even = smoothing / logits.shape[1]
     for tile, label in zip(logits.split(rows), gold.split(rows), strict=True):
         log_p = torch.log_softmax(tile, dim=-1, dtype=dtype)
-        total -= log_p.gather(1, label).sum()
+        total -= log_p.gather(1, label).sum() * (1 - smoothing)
+        if smoothing:
+            total -= log_p.sum() * even
         if training:
             p = log_p.exp_()
-            tile.copy_(p.scatter_add_(1, label, p.new_full((1, 1), -1.0).expand_as(label)))
+            p = p.scatter_add_(1, label, p.new_full((1, 1), smoothing - 1.0).expand_as(label))
+            tile.copy_(p.sub_(even) if smoothing else p)
     return total
 
 
-def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """Summed cross entropy (nats) of hidden states (M, C) against labels (M,), and how many are predicted right.
 
     The second is counted only where no gradient is taken: it would cost training another look at all logits.
@@ -84,5 +93,5 @@ def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor,
     bias: Tensor | None = head.logits.bias
     if not torch.is_grad_enabled():  # a Function is told that parameters want gradients even then
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
-    total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels)
+    total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels, smoothing)
     return total, None if total.requires_grad else correct

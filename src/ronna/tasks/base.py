@@ -40,6 +40,7 @@ class Task(ABC):
 
     kind: ClassVar[str]  # as a run file calls it
     whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole, which may then not be cut
+    writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
 
     # From records to rows
 
@@ -78,6 +79,10 @@ class Task(ABC):
     @abstractmethod
     def restore(cls, config: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> Self:
         """The task of a folder, by its config.json. Raises RonnaError."""
+
+    def on(self, model: Model, config: Mapping[str, Any]) -> Self:
+        """The task for a model of this shape, whose folder has this config.json. Raises RonnaError."""
+        return self
 
     @property
     @abstractmethod
@@ -122,7 +127,8 @@ class Task(ABC):
     @property
     @abstractmethod
     def monitor(self) -> str:
-        """The metric, higher is better, that early stopping and the choice of the best checkpoint look at."""
+        """The metric that early stopping and the choice of the best checkpoint look at: the higher the better, but for
+        the loss."""
 
     @abstractmethod
     def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
@@ -135,6 +141,19 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, examples: Sequence[Any], scores: Any) -> Scores: ...
+
+    def judge(self, model: Transformer, examples: Sequence[Any]) -> dict[str, float]:
+        """What an evaluation during training says of held-out examples: metrics, the one to look at first, and loss."""
+        scores = self.infer(model, examples)
+        measured = self.measure(examples, scores).metrics
+        # Held-out data of another kind than the training data may have another measure: its first one counts.
+        monitor = self.monitor if self.monitor in measured else next(iter(measured))
+        values = {name: metric.value for name, metric in measured.items() if metric.value is not None}
+        return {
+            monitor: values.get(monitor, float("-inf")),
+            "loss": self.mean_loss(examples, scores),
+            **values,
+        }
 
     @abstractmethod
     def decode(self, rows: Sequence[Any], examples: Sequence[Any], scores: Any) -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ from ronna.tasks.base import Task
 from ronna.tasks.classify import Classify, ClassifyConfig
 from ronna.tasks.embed import Embed, EmbedConfig
 from ronna.tasks.relation import Relation, RelationConfig
+from ronna.tasks.seq2seq import Seq2Seq, Seq2SeqConfig
 from ronna.tasks.span_qa import SpanQA, SpanQAConfig
 from ronna.tasks.tag import Tag, TagConfig
 
 TaskConfig = Annotated[
-    ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig | EmbedConfig, Field(discriminator="kind")
+    ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig | EmbedConfig | Seq2SeqConfig,
+    Field(discriminator="kind"),
 ]
 TASKS: dict[str, type[Task]] = {
     "classify": Classify,
@@ -21,6 +23,7 @@ TASKS: dict[str, type[Task]] = {
     "relation": Relation,
     "span_qa": SpanQA,
     "embed": Embed,
+    "seq2seq": Seq2Seq,
 }
 OF: dict[Unit, type[Task]] = {"sequence": Classify, "tokens": Tag, "spans": SpanQA, "pair": Relation}
 

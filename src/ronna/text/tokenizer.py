@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import models
 
 from ronna.base.errors import RonnaError
-from ronna.text import training, vocabulary
+from ronna.text import training, unigram, vocabulary
 from ronna.text.engine import EncodeBatch, try_gigatoken
 from ronna.text.folder import Side, TokenizerParts, read_folder, write_folder
 from ronna.text.training import TokenizerConfig
@@ -260,6 +260,15 @@ class Tokenizer:
     def with_chat_template(self, template: str | None) -> "Tokenizer":
         """A tokenizer that carries another chat template; the ids are the same."""
         return Tokenizer(dataclasses.replace(self.parts, chat_template=template))
+
+    def for_targets(self) -> "Tokenizer":
+        """What cuts the texts that a translation model is to write: another one than this for Marian alone."""
+        files = self.parts.files
+        if not files:
+            return self
+        model, vocab = unigram.parse(files["target.spm"]), json.loads(files["vocab.json"])
+        backend = unigram.marian_backend(model, vocab, self.parts.roles)
+        return Tokenizer(dataclasses.replace(self.parts, backend=backend))
 
     def with_max_length(self, max_length: int | None) -> "Tokenizer":
         """A tokenizer that tells its users another length; the ids are the same."""

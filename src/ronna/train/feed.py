@@ -1,5 +1,6 @@
 """Which samples a step sees: a function of (seed, step) and nothing else, so a run can be cut anywhere."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,18 +52,29 @@ def row_plan(items: int, seed: int, batch: int, micro: int) -> tuple[Callable[[i
     return plan, max(1, -(-items // batch))
 
 
-def length_plan(lengths: np.ndarray, seed: int, batch: int, micro: int) -> tuple[Callable[[int], Plan], int]:
-    """Batches of items of like length, each item once an epoch; the epoch's last batch may be smaller."""
-    per_epoch = -(-len(lengths) // batch)
+def length_plan(
+    lengths: np.ndarray, seed: int, batch: int, micro: int | None, batch_tokens: int | None = None
+) -> tuple[Callable[[int], Plan], int]:
+    """Batches of items of like length, each item once an epoch; the epoch's last batch may be smaller.
+
+    With `batch_tokens` a batch is as many items as have no more tokens together, and epochs may differ by a few
+    steps; the number given back is that of the first.
+    """
+    size = {"batch_size": batch} if batch_tokens is None else {"batch_tokens": batch_tokens}
 
     @lru_cache(maxsize=2)
     def epoch_batches(epoch: int) -> list[np.ndarray]:
-        return length_batches(lengths, batch_size=batch, seed=seed, epoch=epoch)
+        return length_batches(lengths, seed=seed, epoch=epoch, **size)
+
+    starts = [0]  # step at which an epoch begins
 
     def plan(step: int) -> Plan:
-        epoch, place = divmod(step, per_epoch)
-        indices = epoch_batches(epoch)[place].tolist()
+        while step >= starts[-1]:
+            starts.append(starts[-1] + len(epoch_batches(len(starts) - 1)))
+        epoch = bisect_right(starts, step) - 1
+        indices = epoch_batches(epoch)[step - starts[epoch]].tolist()
         pairs = [(epoch * len(lengths) + i, i) for i in indices]
-        return [pairs[i : i + micro] for i in range(0, len(pairs), micro)]
+        micro_batch = micro or len(pairs)
+        return [pairs[i : i + micro_batch] for i in range(0, len(pairs), micro_batch)]
 
-    return plan, per_epoch
+    return plan, len(epoch_batches(0))

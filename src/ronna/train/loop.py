@@ -30,7 +30,8 @@ class TrainConfig(Config):
     epochs: float | None = Field(None, gt=0)  # where steps and tokens say nothing; None: 1
     tokens: int | None = Field(None, ge=1)  # where steps says nothing
     batch: int = Field(32, ge=1)  # sequences (fine-tuning) or full rows (pre-training) a step
-    micro_batch: int | None = Field(None, ge=1)  # as many of them at a time; None: all
+    batch_tokens: int | None = Field(None, ge=1)  # fine-tuning: as many tokens a step instead, of sequences alike
+    micro_batch: int | None = Field(None, ge=1)  # as many sequences or rows at a time; None: all
     length: int = Field(128, ge=8)  # tokens of a row or, fine-tuning, the most of a sequence
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # auto: where it pays, which is on CUDA

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,17 +16,19 @@ from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRows
 from ronna.data.sources import read_json_stream, read_records, resolve
+from ronna.decoding.decode import Generation, generate, perplexity
+from ronna.decoding.sampling import GenerateConfig
 from ronna.model.transformer import Transformer
 from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
-from ronna.serve.decode import Generation, generate, perplexity
-from ronna.serve.sampling import GenerateConfig
 from ronna.stored import open_folder
 from ronna.tasks.base import Task, read_rows, unfolded
 from ronna.tasks.embed import Embed
 from ronna.tasks.metrics import perplexity_scores
 from ronna.tasks.schema import peek
+from ronna.tasks.seq2seq import Seq2Seq
 from ronna.tasks.table import task_of
+from ronna.tasks.writing import Writing
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.verbs.prepare import texts
 
@@ -41,7 +43,6 @@ class Loaded:
     model: Transformer
     tokenizer: Tokenizer
     task: Task | None
-    decoder_start: int | None  # of an encoder-decoder
     length: int  # tokens of a sequence, or of a window of a language model
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -63,23 +64,16 @@ class Loaded:
     def generate(self, prompts: Sequence[str], config: GenerateConfig | None = None) -> list[Generation]:
         """What the model writes after each prompt, or for each source."""
         model, tokenizer = self.model, self.tokenizer
+        if isinstance(self.task, Writing):
+            return self.task.write(model, self.task.prompts(prompts), config)
         if model.head is None or model.decoder is None:
             raise RonnaError("only a model with a decoder can write", where=self.folder, fix="give a GPT or T5 folder")
-        both = model.encoder is not None
         start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        # A source ends as in training; what a decoder is to continue must stay open, after the token it began with.
-        ids = [i.tolist() for i in tokenizer.encode_batch(list(prompts), add_special=both)]
-        if not both and start is not None:
-            ids = [[start, *i] for i in ids]
-        return generate(
-            model,
-            ids,
-            config or GenerateConfig(),
-            eos=eos,
-            start=self.decoder_start if both else start,
-            decode=tokenizer.decode,
-        )
+        # What a decoder is to continue must stay open, after the token that texts begin with.
+        begin = [] if start is None else [start]
+        ids = [[*begin, *i.tolist()] for i in tokenizer.encode_batch(list(prompts))]
+        return generate(model, ids, config or GenerateConfig(), eos=eos, start=start, decode=tokenizer.decode)
 
 
 def load(folder: str, *, device: str = "auto", precision: str = "auto", length: int | None = None) -> Loaded:
@@ -98,8 +92,17 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
         task = task_of(model.classifier.cfg).restore(loaded.config, tokenizer, length)
     elif model.head is None and "embedding_pooling" in loaded.config:
         task = Embed.restore(loaded.config, tokenizer, length)
-    start = loaded.config.get("decoder_start_token_id", tokenizer.pad_id)
-    return Loaded(folder, model, tokenizer, task, start, length)
+    elif (kind := writing_task(model, loaded.config)) is not None:
+        task = kind.restore(loaded.config, tokenizer, length).on(model.cfg, loaded.config)
+    return Loaded(folder, model, tokenizer, task, length)
+
+
+def writing_task(model: Transformer, config: Mapping[str, Any]) -> type[Writing] | None:
+    """The task of a folder whose answers are text; None for what is only a language model."""
+    if model.head is None or model.decoder is None:
+        return None
+    said = config.get("task_specific_params") or {}
+    return Seq2Seq if model.encoder is not None or "seq2seq" in said else None
 
 
 def evaluate(run: EvaluateRun) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         scores = task.measure(examples, task.infer(loaded.model, examples))
         kind: dict[str, Any] = {"task": task.kind, "data": {**bad.summary(), **account}}
     else:
-        documents = list(texts(paths, run.text or "text", bad))
+        documents = list(texts(paths, [run.text or "text"], bad))
         if loaded.model.cfg.encoder is not None:
             raise RonnaError(
                 "perplexity on a text needs a decoder",

@@ -1,7 +1,7 @@
 """From text files to a tokenizer, and to token shards."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from ronna.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 BATCH_CHARACTERS = 4_000_000
 
 
-def texts(paths: Iterable[Path], column: str, bad: BadRows) -> Iterator[str]:
-    """The documents of the files, one by one."""
+def texts(paths: Iterable[Path], columns: Sequence[str], bad: BadRows) -> Iterator[str]:
+    """The documents of the files, one by one; of several columns each is a paragraph of one."""
 
     def convert(record: Record) -> str:
-        text = record.fields.get(column)
-        if not isinstance(text, str):
-            known = ", ".join(record.fields)
-            raise BadRow("no text", f"column {column!r} holds {type(text).__name__}; the columns are {known}")
-        return text
+        found = [record.fields.get(column) for column in columns]
+        for column, text in zip(columns, found, strict=True):
+            if not isinstance(text, str):
+                known = ", ".join(record.fields)
+                raise BadRow("no text", f"column {column!r} holds {type(text).__name__}; the columns are {known}")
+        return "\n".join(found)  # type: ignore[arg-type]
 
     return bad.sift(read_records(list(paths), bad=bad), convert)
 
@@ -69,14 +70,14 @@ def prepare(run: PrepareRun) -> dict[str, Any]:
     report: dict[str, Any] = {}
     held: list[np.ndarray] = []
     bad, cleaned = BadRows(run.max_bad_rows, out / "quarantine.jsonl"), CleanReport()
-    documents = clean(texts(splits["train"], run.text, bad), run.clean, cleaned)
+    documents = clean(texts(splits["train"], [run.text], bad), run.clean, cleaned)
     kept = split_off(encode(documents, tokenizer), share, held.append)
     report["train"] = write(out / "train", kept, tokenizer, source, run, bad, cleaned)
     for _ in kept:  # of a run that had finished these shards before a kill: what to hold out is still to be found
         pass
     if splits["validation"]:
         bad, cleaned = BadRows(run.max_bad_rows, out / "quarantine-validation.jsonl"), CleanReport()
-        documents = clean(texts(splits["validation"], run.text, bad), run.clean, cleaned)
+        documents = clean(texts(splits["validation"], [run.text], bad), run.clean, cleaned)
         given = (ids for _, ids in encode(documents, tokenizer))
         source = hash_files(splits["validation"]) + config_hash(run.clean)
         report["validation"] = write(out / "validation", given, tokenizer, source, run, bad, cleaned)

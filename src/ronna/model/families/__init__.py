@@ -20,6 +20,7 @@ from ronna.model.families.transformer2017 import TRANSFORMER2017
 
 __all__ = [
     "FAMILIES",
+    "PRESETS",
     "Family",
     "Weight",
     "classifier_for",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 FAMILIES = (BERT, ROBERTA, MODERNBERT, GPT2, LLAMA, T5, TRANSFORMER2017)
+PRESETS = [name for family in FAMILIES for name in family.presets]
 
 
 def nearest(name: str, known: list[str], what: str) -> str:
@@ -91,7 +93,7 @@ def preset(name: str, **overrides: Any) -> tuple[Family, Model]:
     """
     family = next((f for f in FAMILIES if name in f.presets), None)
     if family is None:
-        raise RonnaError(f"no preset {name}", fix=nearest(name, [p for f in FAMILIES for p in f.presets], "presets"))
+        raise RonnaError(f"no preset {name}", fix=nearest(name, PRESETS, "presets"))
     base = family.presets[name]
     kind = base.get("model_type", family.model_types[0])
     known = family.settings[kind].model_fields

@@ -7,7 +7,7 @@ import transformers as hf
 
 from ronna.base.config import build
 from ronna.base.errors import RonnaError
-from ronna.serve.sampling import GenerateConfig, choose, draw_keys, penalise, uniforms, warp
+from ronna.decoding.sampling import GenerateConfig, choose, draw_keys, penalise, uniforms, warp
 
 
 def logits(rows=6, vocab=50, seed=0):
@@ -91,7 +91,7 @@ def test_extremes_of_a_draw_stay_inside():
     scores = torch.full((2, 4), float("-inf")).index_fill(1, torch.tensor([1, 2]), 0.0)
     config = GenerateConfig(temperature=1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ronna.serve.sampling.uniforms", lambda keys, step: np.array([2.0**-53, 1.0]))
+        patch.setattr("ronna.decoding.sampling.uniforms", lambda keys, step: np.array([2.0**-53, 1.0]))
         assert choose(scores, config, draw_keys(0, [0, 1]), 0).tolist() == [1, 2]
 
 

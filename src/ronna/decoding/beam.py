@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ronna.serve.batch import Batch
-from ronna.serve.sampling import GenerateConfig, penalise
+from ronna.decoding.batch import Batch
+from ronna.decoding.sampling import GenerateConfig, penalise
 
 NEVER = float("-inf")
 

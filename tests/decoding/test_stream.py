@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from ronna.serve.stream import Detokenizer, TextStream
+from ronna.decoding.stream import Detokenizer, TextStream
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTE_OF = {char: i for i, char in enumerate(ALPHABET)}

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers as hf
 
+from ronna.decoding.decode import generate
+from ronna.decoding.sampling import GenerateConfig
 from ronna.model.folder import load_folder
-from ronna.serve.decode import generate
-from ronna.serve.sampling import GenerateConfig
 
 EOS, START = 7, 1
 SIZES = {"vocab_size": 60, "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": START}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ronna.serve.decode import generate
-from ronna.serve.sampling import GenerateConfig
+from ronna.decoding.decode import generate
+from ronna.decoding.sampling import GenerateConfig
 
 EOS, START = {7, 11, 23, 42}, 1
 CASES = [(False, 1.0), (False, 0.0), (True, 1.0), (True, 2.5), ("never", 1.0), ("never", 2.5), ("never", -1.0)]

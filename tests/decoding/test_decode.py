@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ronna.base.errors import RonnaError
+from ronna.decoding.decode import generate, perplexity
+from ronna.decoding.sampling import GenerateConfig
 from ronna.model.sequences import Sequences
-from ronna.serve.decode import generate, perplexity
-from ronna.serve.sampling import GenerateConfig
 
 NAMES = ["gpt2", "llama", "t5", "transformer2017"]
 EOS, START, POSITIONS, VOCAB = {7, 11, 23, 42}, 1, 48, 60

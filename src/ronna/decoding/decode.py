@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
+from ronna.decoding.batch import Batch, inference
+from ronna.decoding.beam import beam_search
+from ronna.decoding.sampling import GenerateConfig, choose, draw_keys, penalise
+from ronna.decoding.stream import Decode, TextStream
 from ronna.model.loss import vocabulary_loss
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
-from ronna.serve.batch import Batch, inference
-from ronna.serve.beam import beam_search
-from ronna.serve.sampling import GenerateConfig, choose, draw_keys, penalise
-from ronna.serve.stream import Decode, TextStream
 
 Finish = Literal["eos", "stop", "length"]
 OnToken = Callable[[int, int, str, Finish | None], None]

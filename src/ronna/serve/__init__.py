@@ -1,1 +1,0 @@
-"""Models at work: text from a trained model."""
