@@ -13,7 +13,7 @@ from torch import Tensor
 from ronna.base.errors import RonnaError
 from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
-from ronna.base.track import say
+from ronna.base.track import say, say_marked
 from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
 from ronna.labelled import read_splits, resolve_splits
@@ -246,8 +246,10 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
         fix = "look at the rows with `ronna data inspect`, or raise train.length"
         raise RonnaError("no training row gives anything to learn", where=run.data.train, fix=fix)
     lengths = np.array([sum(map(len, some)) for some in tokens])
+    if pieces := task.preview(examples["train"]):
+        say_marked("one example, with what is to be learnt marked", pieces)
     # The folder will tell whoever loads it to cut texts where training cut them.
-    saved = tokenizer.with_max_length(length)
+    saved = task.tokenizer.with_max_length(length)
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type, parts.folder_keys = task.score_names, task.problem_type, task.folder_keys
     parts.folder_files = task.folder_files(cfg)

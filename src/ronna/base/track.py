@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -36,6 +36,18 @@ class WandbConfig(Config):
 def say(text: str) -> None:
     """One line of prose on stderr, above the progress bar if there is one."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_marked(title: str, pieces: Sequence[tuple[str, bool]]) -> None:
+    """A text in pieces on stderr, those that are marked in green or, where there are no colours, in brackets."""
+    colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\x1b[32m", "\x1b[0m") if colours else ("[[", "]]")
+    # What comes out of data files must not be able to steer the terminal.
+    plain = [
+        ("".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text), marked) for text, marked in pieces
+    ]
+    say(f"{title}:")
+    say("".join(f"{on}{text}{off}" if marked else text for text, marked in plain))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

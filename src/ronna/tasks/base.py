@@ -39,6 +39,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]  # as a run file calls it
+    tokenizer: Tokenizer
     whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole, which may then not be cut
     writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
 
@@ -132,6 +133,11 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
+
+    def preview(self, examples: Sequence[Any]) -> list[tuple[str, bool]]:
+        """An example as the model will see it, in pieces: text, and whether it is to be written. Nothing where the
+        task writes no text."""
+        return []
 
     @abstractmethod
     def infer(self, model: Transformer, examples: Sequence[Any]) -> Any: ...

@@ -7,6 +7,7 @@ from pydantic import Field
 from ronna.model.config import Classifier, Unit
 from ronna.tasks.base import Task
 from ronna.tasks.classify import Classify, ClassifyConfig
+from ronna.tasks.dialogue import Dialogue, DialogueConfig
 from ronna.tasks.embed import Embed, EmbedConfig
 from ronna.tasks.relation import Relation, RelationConfig
 from ronna.tasks.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -14,7 +15,7 @@ from ronna.tasks.span_qa import SpanQA, SpanQAConfig
 from ronna.tasks.tag import Tag, TagConfig
 
 TaskConfig = Annotated[
-    ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig | EmbedConfig | Seq2SeqConfig,
+    ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig | EmbedConfig | Seq2SeqConfig | DialogueConfig,
     Field(discriminator="kind"),
 ]
 TASKS: dict[str, type[Task]] = {
@@ -24,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
     "span_qa": SpanQA,
     "embed": Embed,
     "seq2seq": Seq2Seq,
+    "dialogue": Dialogue,
 }
 OF: dict[Unit, type[Task]] = {"sequence": Classify, "tokens": Tag, "spans": SpanQA, "pair": Relation}
 

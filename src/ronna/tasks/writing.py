@@ -123,6 +123,19 @@ class Writing(Task):
         total, _ = vocabulary_loss(model.head, predicted_states(model, batch), batch.labels, smoothing)
         return Loss({self.term: total})
 
+    def preview(self, examples: Sequence[Example]) -> list[tuple[str, bool]]:
+        sample = next((e.sample for e in examples if e.sample is not None), None)
+        if sample is None or sample.predict is None or sample.labels is None:
+            return []
+        ids = np.append(sample.tokens, sample.labels[-1])
+        learnt = np.zeros(len(ids), bool)
+        learnt[sample.predict + 1] = True
+        pieces = [] if sample.source is None else [(self.tokenizer.decode(sample.source, skip_special=False), False)]
+        edges = np.flatnonzero(np.diff(learnt)) + 1
+        for some, said in zip(np.split(ids, edges), np.split(learnt, edges), strict=True):
+            pieces.append((self.tokenizer.decode(some, skip_special=False), bool(said[0])))
+        return pieces
+
     # From prompts to texts
 
     def nats(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> tuple[float, int]:

@@ -103,6 +103,11 @@ class Tokenizer:
             ids.append(i)
         return np.array(ids, np.int32)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Tokens by the names that chat templates have for them: bos_token, eos_token, ..."""
+        return {f"{role}_token": token for role, token in self.parts.roles.items()}
+
     # The vocabulary.
 
     @cached_property
@@ -198,13 +203,15 @@ class Tokenizer:
         before, after = self._around
         return [np.concatenate((before, row, after)) for row in rows]
 
-    def encode_with_offsets(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoded]:
-        """Encode with special tokens and offsets; `pairs[i]` is the second text of `texts[i]`."""
+    def encode_with_offsets(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, special: bool = True
+    ) -> list[Encoded]:
+        """Encode with offsets and special tokens, unless `special` is false; `pairs[i]` is the second of `texts[i]`."""
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts and {len(pairs)} pairs")
         rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         try:
-            encodings = self._backend.encode_batch(rows)
+            encodings = self._backend.encode_batch(rows, add_special_tokens=special)
         except TypeError:
             raise self._not_unicode([*texts, *(pairs or ())]) from None
         return [_encoded(encoding, self._ids(encoding)) for encoding in encodings]

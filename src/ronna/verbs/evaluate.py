@@ -23,8 +23,9 @@ from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
 from ronna.stored import open_folder
 from ronna.tasks.base import Task, read_rows, unfolded
+from ronna.tasks.dialogue import Dialogue
 from ronna.tasks.embed import Embed
-from ronna.tasks.metrics import perplexity_scores
+from ronna.tasks.metrics import Scores, perplexity_scores
 from ronna.tasks.schema import peek
 from ronna.tasks.seq2seq import Seq2Seq
 from ronna.tasks.table import task_of
@@ -92,17 +93,18 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
         task = task_of(model.classifier.cfg).restore(loaded.config, tokenizer, length)
     elif model.head is None and "embedding_pooling" in loaded.config:
         task = Embed.restore(loaded.config, tokenizer, length)
-    elif (kind := writing_task(model, loaded.config)) is not None:
+    elif (kind := writing_task(model, loaded.config, tokenizer)) is not None:
         task = kind.restore(loaded.config, tokenizer, length).on(model.cfg, loaded.config)
     return Loaded(folder, model, tokenizer, task, length)
 
 
-def writing_task(model: Transformer, config: Mapping[str, Any]) -> type[Writing] | None:
+def writing_task(model: Transformer, config: Mapping[str, Any], tokenizer: Tokenizer) -> type[Writing] | None:
     """The task of a folder whose answers are text; None for what is only a language model."""
     if model.head is None or model.decoder is None:
         return None
-    said = config.get("task_specific_params") or {}
-    return Seq2Seq if model.encoder is not None or "seq2seq" in said else None
+    if model.encoder is not None or "seq2seq" in (config.get("task_specific_params") or {}):
+        return Seq2Seq
+    return None if tokenizer.chat_template is None else Dialogue
 
 
 def evaluate(run: EvaluateRun) -> dict[str, Any]:
@@ -110,37 +112,55 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
     bad = BadRows(limit=run.max_bad_rows)
     paths = resolve(list(run.data))
-    if loaded.task is not None:
-        task = loaded.task
-        account: dict[str, int] = {}
-        first, records = peek(unfolded(type(task), read_records(paths, bad=bad), bad))
-        assert first is not None
-        columns = task.columns(first, text=run.text, pair=run.text_pair, label=run.label)
-        say(f"columns: {columns}")
-        rows = list(read_rows(type(task), records, columns, bad))
-        task.check_labels(rows, where=run.data[0])
-        examples = task.encode(rows, account)
-        scores = task.measure(examples, task.infer(loaded.model, examples))
-        kind: dict[str, Any] = {"task": task.kind, "data": {**bad.summary(), **account}}
+    if loaded.task is None or only_text(loaded.task, paths, run):
+        scores, kind = measure_text(loaded, run, paths, bad)
     else:
-        documents = list(texts(paths, [run.text or "text"], bad))
-        if loaded.model.cfg.encoder is not None:
-            raise RonnaError(
-                "perplexity on a text needs a decoder",
-                where=run.model,
-                fix="give a causal model or a classifier",
-            )
-        start = loaded.tokenizer.eos_id if loaded.tokenizer.bos_id is None else loaded.tokenizer.bos_id
-        length = loaded.length
-        ids = [i.tolist() for i in loaded.tokenizer.encode_batch(documents)]
-        nll, tokens = perplexity(loaded.model, ids, length=length, stride=length // 2, bos=start)
-        scores = perplexity_scores(nll, tokens, sum(len(d.encode()) for d in documents))
-        kind = {"objective": "clm", "data": bad.summary()}
+        scores, kind = measure_task(loaded, loaded.task, run, paths, bad)
     say(scores.text())
     report = build_report(title=f"evaluate: {run.model}", config_hash=config_hash(run), test=scores, **kind)
     if run.out:
         write_report(Path(run.out), report)
     return report.model_dump(mode="json")
+
+
+def only_text(task: Task, paths: list[Path], run: EvaluateRun) -> bool:
+    """Whether a model that can converse is given no conversations but plain text."""
+    if not isinstance(task, Dialogue):
+        return False
+    first = next(iter(read_records(paths, bad=BadRows(limit=run.max_bad_rows))))
+    try:
+        task.columns(first, text=run.text, pair=run.text_pair, label=run.label)
+    except RonnaError:
+        return run.label is None and isinstance(first.fields.get(run.text or "text"), str)
+    return False
+
+
+def measure_task(
+    loaded: Loaded, task: Task, run: EvaluateRun, paths: list[Path], bad: BadRows
+) -> tuple[Scores, dict[str, Any]]:
+    account: dict[str, int] = {}
+    first, records = peek(unfolded(type(task), read_records(paths, bad=bad), bad))
+    assert first is not None
+    columns = task.columns(first, text=run.text, pair=run.text_pair, label=run.label)
+    say(f"columns: {columns}")
+    rows = list(read_rows(type(task), records, columns, bad))
+    task.check_labels(rows, where=run.data[0])
+    examples = task.encode(rows, account)
+    scores = task.measure(examples, task.infer(loaded.model, examples))
+    return scores, {"task": task.kind, "data": {**bad.summary(), **account}}
+
+
+def measure_text(loaded: Loaded, run: EvaluateRun, paths: list[Path], bad: BadRows) -> tuple[Scores, dict[str, Any]]:
+    documents = list(texts(paths, [run.text or "text"], bad))
+    if loaded.model.cfg.encoder is not None:
+        fix = "give a causal model or a classifier"
+        raise RonnaError("perplexity on a text needs a decoder", where=run.model, fix=fix)
+    start = loaded.tokenizer.eos_id if loaded.tokenizer.bos_id is None else loaded.tokenizer.bos_id
+    length = loaded.length
+    ids = [i.tolist() for i in loaded.tokenizer.encode_batch(documents)]
+    nll, tokens = perplexity(loaded.model, ids, length=length, stride=length // 2, bos=start)
+    scores = perplexity_scores(nll, tokens, sum(len(d.encode()) for d in documents))
+    return scores, {"objective": "clm", "data": bad.summary()}
 
 
 def predict(run: PredictRun) -> dict[str, Any]:
