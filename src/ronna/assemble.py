@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Parts:
     base: str = ""  # the folder that the model came from
     folder_keys: dict[str, Any] = field(default_factory=dict)  # for config.json
     folder_files: dict[str, str] = field(default_factory=dict)  # for the folder, by name
+    prepare: Callable[[], None] | None = None  # to be called on the model as it is before training, without adapters
     used: Tensor | None = None  # the token ids in `data`, in order; None: not counted
 
 
@@ -260,9 +262,15 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
         train_adapter(run.peft, run, parts, folder)
     parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))
     held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
+    parts.prepare = partial(prepare, task, model, list(examples.values()))
     parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
     parts.test = lambda best: {n: task.measure(e, task.infer(best, e)) for n, e in held.items()}
     return parts
+
+
+def prepare(task: Task, model: Transformer, splits: list[list[Any]]) -> None:
+    for examples in splits:
+        task.prepare(model, examples)
 
 
 def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Path) -> None:

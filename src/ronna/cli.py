@@ -83,7 +83,7 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "train a model for a task on labelled records", "FinetuneRun", "ronna.run:execute",
-        (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed, seq2seq, dialogue"),
+        (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed, seq2seq, dialogue, dpo"),
          Flag("--model", "model.name", "model folder, or a preset to train from scratch"),
          Flag("--tokenizer", "model.tokenizer", "tokenizer folder of a preset"),
          Flag("--peft", "peft.kind", "train an adapter alone: lora, adalora, houlsby, bitfit"),

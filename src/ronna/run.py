@@ -27,6 +27,7 @@ from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
+from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
@@ -227,6 +228,9 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
     parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run)
     parts.model.compute = dtype
     parts.model.to(device)
+    if parts.prepare is not None:
+        with bare(parts.model):
+            parts.prepare()
     if parts.peft is not None:
         freeze_to(parts.model, dtype)
     cfg = parts.model.cfg

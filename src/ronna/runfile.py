@@ -81,9 +81,12 @@ class PretrainRun(Config):
     track: TrackConfig = TrackConfig()
 
 
-# Where the user names none: adapters want larger steps than whole models, questions longer sequences than labels.
+# Where the user names none: adapters want larger steps than whole models, and so do models without a past; preferences
+# want smaller ones. Questions and conversations are longer than what is classified.
+FULL, SCRATCH = 5e-5, 5e-4
 RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3}
-LENGTHS = {"span_qa": 384}
+SHARES = {"dpo": 0.02}  # of the rate
+LENGTHS = {"span_qa": 384, "seq2seq": 256, "dialogue": 512, "dpo": 512}
 
 
 class FinetuneRun(Config):
@@ -95,7 +98,7 @@ class FinetuneRun(Config):
     data: RecordsConfig
     task: TaskConfig = ClassifyConfig()
     peft: PeftConfig | None = None  # None: every weight learns
-    optim: OptimizerConfig = AdamW(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)  # lr: RATES for an adapter
+    optim: OptimizerConfig = AdamW(lr=FULL, betas=(0.9, 0.999), weight_decay=0.01)  # lr: by method and task
     schedule: Schedule = Linear(warmup=0.06)
     train: TrainConfig = TrainConfig(epochs=3)
     track: TrackConfig = TrackConfig()
@@ -105,8 +108,11 @@ class FinetuneRun(Config):
         task, peft, optim, train = (tree.get(name) or {} for name in ("task", "peft", "optim", "train"))
         if not all(isinstance(table, dict) for table in (task, peft, optim, train)):
             return tree  # which validation will refuse
-        rate, length = RATES.get(str(peft.get("kind"))), LENGTHS.get(str(task.get("kind")))
-        if rate and optim.get("kind", "adamw") == "adamw":
+        kind, model = str(task.get("kind")), tree.get("model")
+        scratch = isinstance(model, dict) and model.get("tokenizer") is not None
+        rate = RATES.get(str(peft.get("kind")), SCRATCH if scratch else FULL) * SHARES.get(kind, 1.0)
+        length = LENGTHS.get(kind)
+        if optim.get("kind", "adamw") == "adamw":
             tree = {**tree, "optim": {"lr": rate, **optim}}
         return {**tree, "train": {"length": length, **train}} if length else tree
 

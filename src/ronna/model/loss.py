@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ronna.model.transformer import Head
 
@@ -81,6 +82,23 @@ def softmax_in_place(
             p = p.scatter_add_(1, label, p.new_full((1, 1), smoothing - 1.0).expand_as(label))
             tile.copy_(p.sub_(even) if smoothing else p)
     return total
+
+
+def token_log_probs(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+    """(M,) fp32 log-probability (nats) of each label (M,) at hidden states (M, C).
+
+    Logits are made a chunk of rows at a time and made again for the gradient, so that none are kept.
+    """
+    weight, bias, x = head.logits.weight, head.logits.bias, head.transform(hidden)
+
+    def chunk(part: Tensor, gold: Tensor) -> Tensor:
+        logits = F.linear(part, weight.to(part.dtype), None if bias is None else bias.to(part.dtype))
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, gold[:, None])[:, 0]
+
+    rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
+    pieces = zip(x.split(rows), labels.split(rows), strict=True)
+    found = [checkpoint(chunk, part, gold, use_reentrant=False) for part, gold in pieces]
+    return torch.cat(found) if found else x.new_zeros(0, dtype=torch.float32)
 
 
 def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,10 @@ class Penalised:
     def whole_batch(self) -> bool:
         return getattr(self.objective, "whole_batch", False)
 
+    @property
+    def together(self) -> int:
+        return getattr(self.objective, "together", 1)
+
     def samples(self, item: Any, rng: np.random.Generator) -> list[Sample]:
         return self.objective.samples(item, rng)
 

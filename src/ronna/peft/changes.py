@@ -5,6 +5,7 @@ Legend: T tokens, I inputs and O outputs of a linear map, r rank.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,19 @@ def activate(model: nn.Module, *names: str) -> None:
         if linear.kept is not None:
             raise RonnaError("an adapter is merged into the weights", fix="unmerge it first")
         linear.active = tuple(name for name in names if name in linear.changes)
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """The base alone inside; afterwards the adapters that were at work are at work again."""
+    before = [(linear, linear.active) for _, linear in changed_linears(model)]
+    for linear, _ in before:
+        linear.active = ()
+    try:
+        yield
+    finally:
+        for linear, active in before:
+            linear.active = active
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ class Task(ABC):
     kind: ClassVar[str]  # as a run file calls it
     tokenizer: Tokenizer
     whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole, which may then not be cut
+    together: ClassVar[int] = 1  # samples that an item becomes, of which the loss needs all at once
     writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
 
     # From records to rows
@@ -133,6 +134,9 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
+
+    def prepare(self, model: Transformer, examples: list[Any]) -> None:  # noqa: B027 - most need nothing of it
+        """Ask the model, as it is before training and without any adapter, what the examples need to know of it."""
 
     def preview(self, examples: Sequence[Any]) -> list[tuple[str, bool]]:
         """An example as the model will see it, in pieces: text, and whether it is to be written. Nothing where the

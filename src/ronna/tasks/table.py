@@ -9,13 +9,21 @@ from ronna.tasks.base import Task
 from ronna.tasks.classify import Classify, ClassifyConfig
 from ronna.tasks.dialogue import Dialogue, DialogueConfig
 from ronna.tasks.embed import Embed, EmbedConfig
+from ronna.tasks.preference import Preference, PreferenceConfig
 from ronna.tasks.relation import Relation, RelationConfig
 from ronna.tasks.seq2seq import Seq2Seq, Seq2SeqConfig
 from ronna.tasks.span_qa import SpanQA, SpanQAConfig
 from ronna.tasks.tag import Tag, TagConfig
 
 TaskConfig = Annotated[
-    ClassifyConfig | TagConfig | RelationConfig | SpanQAConfig | EmbedConfig | Seq2SeqConfig | DialogueConfig,
+    ClassifyConfig
+    | TagConfig
+    | RelationConfig
+    | SpanQAConfig
+    | EmbedConfig
+    | Seq2SeqConfig
+    | DialogueConfig
+    | PreferenceConfig,
     Field(discriminator="kind"),
 ]
 TASKS: dict[str, type[Task]] = {
@@ -26,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
     "embed": Embed,
     "seq2seq": Seq2Seq,
     "dialogue": Dialogue,
+    "dpo": Preference,
 }
 OF: dict[Unit, type[Task]] = {"sequence": Classify, "tokens": Tag, "spans": SpanQA, "pair": Relation}
 

@@ -29,7 +29,10 @@ def check_start(model: Transformer, objective: Objective, samples: list[Sample])
     """All checks that need no optimizer step, on samples of the first batch; later ones need earlier ones."""
     if not samples:
         return [Check("supervision", False, "the first batch has no sample", "look at the data with `data inspect`")]
-    few = sorted(samples, key=lambda s: len(s.tokens))[:SAMPLES]
+    together = getattr(objective, "together", 1)
+    items = [samples[i : i + together] for i in range(0, len(samples), together)]
+    items.sort(key=lambda item: sum(len(s.tokens) for s in item))
+    few = [s for item in items[: max(2, SAMPLES // together)] for s in item]
     checks = [supervision(objective, samples), ids_in_vocabulary(model, samples), lengths_fit(model, samples)]
     checks += [weights_tied(model), labels_in_set(model, samples)]
     if all(c.ok for c in checks):
@@ -140,15 +143,16 @@ def accumulation(model: Transformer, objective: Objective, samples: list[Sample]
     """The gradient of a batch must not depend on how it is cut into micro-batches."""
     if getattr(objective, "whole_batch", False):
         return Check("accumulation", True, "the loss is of a whole batch, which is never cut")
-    if len(samples) < 2:
-        return Check("accumulation", True, "a single sequence")
+    first = getattr(objective, "together", 1)
+    if len(samples) <= first:
+        return Check("accumulation", True, "a single item")
 
     def gradient(parts: list[list[Sample]]) -> dict[str, Tensor]:
         model.zero_grad()
         gradients(model, objective, [collate(objective, p, model.device) for p in parts], seed=0)
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    whole, cut = gradient([samples]), gradient([samples[:1], samples[1:]])
+    whole, cut = gradient([samples]), gradient([samples[:first], samples[first:]])
     scale = max(float(g.abs().max()) for g in whole.values())
     worst = max(float((whole[n] - cut[n]).abs().max()) for n in whole) / max(scale, 1e-30)
     ok = worst < 1e-4
