@@ -149,6 +149,17 @@ def test_a_pair_with_an_answer_too_long_is_counted_and_not_learnt(tiny_gpt):
     assert account["conversations too long to learn"] == 1
 
 
+def test_both_answers_follow_the_same_turns(tiny_gpt):
+    own = task(tiny_gpt, length=110, system="always fun")
+    before = [ASKED, told(GOOD), ASKED, told(GOOD)]
+    pair = read(prompt=[*before, ASKED], chosen=[told("good " * 5)], rejected=[told(BAD)])
+    cut = own.encode([pair])[0]
+    whole = task(tiny_gpt, length=512, system="always fun").encode([pair])[0]
+    assert (cut.chosen.prompt == cut.rejected.prompt).all() and cut.whole
+    assert len(cut.chosen.prompt) < len(whole.chosen.prompt)
+    assert own.tokenizer.decode(cut.rejected.prompt).startswith("always fun")
+
+
 @pytest.mark.parametrize("peft", [None, {"kind": "lora", "rank": 4}, {"kind": "houlsby", "size": 4}])
 def test_a_run_moves_towards_what_was_chosen(tiny_gpt, tmp_path, peft):
     rows = [{"prompt": f"was the {w}", "chosen": GOOD, "rejected": BAD} for w in ("film", "plot", "music", "story")]

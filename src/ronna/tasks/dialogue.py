@@ -156,10 +156,10 @@ class Dialogue(Writing):
                 if len(tokens.ids) > self.length and self.config.truncation == "refuse":
                     where = row.messages[0]["content"][:60]
                     raise RonnaError(f"{len(tokens.ids)} tokens, train.length is {self.length}", where=where, fix=ROOM)
-                shorter = self.shortened(row, tokens) if self.config.truncation == "cut" else tokens
-                cut += len(shorter.ids) < len(tokens.ids)
-                long += row.answered and len(shorter.ids) > self.length
-                examples.append(self.example(row, shorter))
+                fitted = self.fitted(row, tokens)[1] if self.config.truncation == "cut" else tokens
+                cut += len(fitted.ids) < len(tokens.ids)
+                long += row.answered and len(fitted.ids) > self.length
+                examples.append(self.example(row, fitted))
         if accounts is not None:
             for name, n in (("conversations cut", cut), ("conversations too long to learn", long)):
                 accounts[name] = accounts.get(name, 0) + n
@@ -183,15 +183,15 @@ class Dialogue(Writing):
             done += len(part.text)
         return [*parts, Part(text[done:], False)]
 
-    def shortened(self, row: Conversation, tokens: Tokens) -> Tokens:
+    def fitted(self, row: Conversation, tokens: Tokens) -> tuple[Conversation, Tokens]:
         """Without as many of the oldest exchanges as it takes; the system's message and the last exchange stay."""
         messages = row.messages
         head = 1 if messages[0]["role"] == "system" else 0
         asked = [i for i, m in enumerate(messages) if m["role"] == "user" and i > head]
         while len(tokens.ids) > self.length and asked:
-            kept = messages[:head] + messages[asked.pop(0) :]
-            tokens = self.tokens([self.parts(row._replace(messages=kept))])[0]
-        return tokens
+            row = row._replace(messages=messages[:head] + messages[asked.pop(0) :])
+            tokens = self.tokens([self.parts(row)])[0]
+        return row, tokens
 
     def example(self, row: Conversation, tokens: Tokens) -> Example:
         ids, said = tokens

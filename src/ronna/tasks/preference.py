@@ -133,8 +133,22 @@ class Preference(Dialogue):
     # Examples
 
     def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]:
-        sides = [super(Preference, self).encode(list(side), accounts) for side in zip(*rows, strict=True)]
+        if self.config.truncation == "cut":
+            rows = [self.alike(row) for row in rows]
+        sides = [super(Preference, self).encode([row[i] for row in rows], accounts) for i in (0, 1)]
         return [Pair(*pair) for pair in zip(*sides, strict=True)]
+
+    def alike(self, choice: Choice) -> Choice:
+        """Both answers after as much of the conversation as the longer of them leaves room for."""
+        sides = [self.with_system(side) for side in choice]
+        found = self.tokens([self.parts(side) for side in sides])
+        longer = max((0, 1), key=lambda i: len(found[i].ids))
+        kept, _ = self.fitted(sides[longer], found[longer])
+        gone = len(sides[longer].messages) - len(kept.messages)
+        if not gone:
+            return choice
+        head = kept.messages[0]["role"] == "system"
+        return Choice(*(s._replace(messages=s.messages[:head] + s.messages[head + gone :]) for s in sides))
 
     def prepare(self, model: Transformer, examples: list[Any]) -> None:
         """Ask the reference, which is the model as it stands."""
