@@ -126,10 +126,18 @@ class Embedding(nn.Module):
         self.segments = nn.Embedding(cfg.segments, dim) if cfg.segments else None
         self.norm = make_norm(cfg.norm, dim)
 
+    def virtual(self) -> Tensor | None:
+        """Vectors (n, C) of virtual tokens, to stand before every text: `peft` gives the class of a module some."""
+        return None
+
     def forward(self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None) -> Tensor:
+        """(T, C) of tokens and segments (T,), or of T less the virtual tokens that `sequences` has places for."""
         x = self.tokens(tokens)
         if self.cfg.scale != 1.0:
             x = x * self.cfg.scale
+        if sequences.front and (virtual := self.virtual()) is not None:
+            x = sequences.lead(virtual, x)
+            segments = None if segments is None else sequences.lead(segments.new_zeros(sequences.front), segments)
         match self.cfg.positions:
             case c.LearnedPositions(offset=offset):
                 x = x + self.positions(sequences.positions + offset)  # type: ignore[misc]
@@ -223,9 +231,25 @@ class Transformer(nn.Module):
         x = self.embedding(tokens, sequences, segments)
         return dropout(x, self.cfg.embedding.dropout, self.training).to(self.compute)
 
+    @property
+    def ahead(self) -> int:
+        """Positions before every text."""
+        virtual = self.embedding.virtual()
+        return 0 if virtual is None else len(virtual)
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that a text may have, or None where nothing says."""
+        return None if self.cfg.max_length is None else self.cfg.max_length - self.ahead
+
+    def placed(self, sequences: Sequences, memory: Memory | None = None) -> Sequences:
+        """Where a text's tokens lie in what a stack reads; virtual ones stand before what the first stack reads."""
+        return sequences if memory is not None or not self.ahead else sequences.behind(self.ahead)
+
     def encode(self, tokens: Tensor, sequences: Sequences) -> Memory:
         """What the decoder of an encoder-decoder reads, from source tokens (S,)."""
         assert self.encoder is not None
+        sequences = self.placed(sequences)
         return Memory(self.encoder(self.embed(tokens, sequences), sequences), sequences)
 
     def hidden(
@@ -243,6 +267,19 @@ class Transformer(nn.Module):
         ValueError where `at` names a place twice, which would count its gradient twice (a GPU is not made to wait
         for this check).
         """
+        sequences = self.placed(sequences, memory)
+        return self.states(tokens, sequences, segments, memory, cache, sequences.places(at))
+
+    def states(
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        segments: Tensor | None,
+        memory: Memory | None,
+        cache: Cache | None,
+        at: Tensor | None,
+    ) -> Tensor:
+        """`hidden`, of sequences and places `at` as the stack has them."""
         if at is not None and not at.is_cuda and len(at.unique()) < len(at):
             raise ValueError("`at` names a place twice")
         stack = self.decoder if self.decoder is not None else self.encoder
@@ -253,7 +290,9 @@ class Transformer(nn.Module):
 
     def pooled(self, tokens: Tensor, sequences: Sequences, pool: c.Pool) -> Tensor:
         """One state a sequence (B, C), of a model without a classifier."""
-        return pooled(self.hidden(tokens, sequences, at=pooled_places(sequences, pool)), sequences, pool)
+        sequences = self.placed(sequences)
+        at = pooled_places(sequences, pool)
+        return pooled(self.states(tokens, sequences, None, None, None, at), sequences, pool)
 
     def scores(
         self,
@@ -266,8 +305,9 @@ class Transformer(nn.Module):
         """The classifier's scores in fp32: (B, labels), or (M, labels) of the tokens `at` (M,) where it scores tokens
         (None: all T). Where it scores pairs, `at` (2 B,) are two places of each sequence."""
         assert self.classifier is not None, "this model has no classifier"
-        states = self.hidden(tokens, sequences, segments, memory, at=self.classifier.reads(sequences, at))
-        return self.classifier(states, sequences)
+        sequences = self.placed(sequences, memory)
+        at = self.classifier.reads(sequences, sequences.places(at))
+        return self.classifier(self.states(tokens, sequences, segments, memory, None, at), sequences)
 
     def forward(
         self,

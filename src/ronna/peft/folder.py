@@ -1,6 +1,6 @@
 """Adapters on disk: adapter_config.json and adapter_model.safetensors.
 
-A LoRA is written as the `peft` library has it, under the module names of transformers, so that
+A LoRA and a prompt are written as the `peft` library has them, under the module names of transformers, so that
 `PeftModel.from_pretrained` gives the same logits. Where transformers has one map for several of ours (GPT-2's
 c_attn), ours stand in it as blocks, its rank their sum. Other methods have no layout that everybody reads: theirs is
 `"peft_type": "RONNA"`, the method's settings under "method", and tensors under our own parameter names.
@@ -26,12 +26,14 @@ from ronna.model.families import Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
-from ronna.peft.changes import attach
+from ronna.peft.changes import ChangedLinear, adapter_parameters, attach
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME, PeftConfig, adapt
+from ronna.peft.prompt import PromptConfig, add_prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PREFIX, VIRTUAL_PREFIX = "base_model.model.", "base_model."  # of transformers' names: of a prompt without "model."
+KINDS = ("LORA", "PROMPT_TUNING", "RONNA")
 LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 AGAIN = "copy or download the folder again"
 TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "spans": "QUESTION_ANS", "pair": "FEATURE_EXTRACTION"}
@@ -80,6 +82,8 @@ def write_adapter(
     common = {"base_model_name_or_path": base, "task_type": task_type(model), "inference_mode": True}
     if isinstance(config, LoraConfig | AdaLoraConfig):
         settings, stored = as_peft(model, family, config, state)
+    elif isinstance(config, PromptConfig):
+        settings, stored = as_virtual(model, family, config, state)
     else:
         settings, stored = {"peft_type": "RONNA", "method": config.model_dump(mode="json")}, state
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,11 +128,7 @@ def as_peft(
         targets.append(module)
         if at != rank:
             ranks[module], alphas[module] = at, scale * (at**0.5 if rslora else at)
-    names = family.names(model.cfg)
-    beside = {
-        name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
-    }
-    stored |= {PREFIX + theirs: state[ours] for ours, theirs in beside.items()}
+    more, modules = kept_whole(model, family, state, PREFIX)
     settings = {
         "peft_type": "LORA",
         "r": rank,
@@ -139,11 +139,41 @@ def as_peft(
         "bias": "none",
         "fan_in_fan_out": any(p.weight.transpose for some in known.values() for p in some),
         "target_modules": targets,
-        "modules_to_save": sorted({saved_module(theirs) for theirs in beside.values()}) or None,
+        "modules_to_save": modules,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    return settings, stored
+    return settings, stored | more
+
+
+def as_virtual(
+    model: Transformer, family: Family, config: PromptConfig, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and tensors of virtual tokens, as the `peft` library has them."""
+    more, modules = kept_whole(model, family, state, VIRTUAL_PREFIX)
+    block = model.cfg.last.blocks[0]
+    settings = {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": config.tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": len(model.cfg.last.blocks),
+        "num_attention_heads": block.attention.heads,
+        "token_dim": model.cfg.dim,
+        "modules_to_save": modules,
+    }
+    return settings, {"prompt_embeddings": state[f"embedding.changes.{NAME}.vectors"], **more}
+
+
+def kept_whole(
+    model: Transformer, family: Family, state: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The base's own weights that were trained, by their names in `peft`, and the modules it is to load them into."""
+    names = family.names(model.cfg)
+    beside = {
+        name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
+    }
+    modules = sorted({saved_module(theirs) for theirs in beside.values()}) or None
+    return {prefix + theirs: state[ours] for ours, theirs in beside.items()}, modules
 
 
 def low_rank(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor] | None:
@@ -197,8 +227,8 @@ def read_adapter(folder: Path) -> AdapterFolder:
         base, kind = settings["base_model_name_or_path"], settings["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RonnaError(f"not the settings of an adapter: {error}", where=f"{folder}/{CONFIG}", fix=AGAIN) from None
-    if kind not in ("LORA", "RONNA") or not isinstance(base, str):
-        fix = "use a LoRA folder, or one that `ronna finetune` wrote"
+    if kind not in KINDS or not isinstance(base, str):
+        fix = "use a LoRA, a prompt, or a folder that `ronna finetune` wrote"
         raise RonnaError(f"adapters of type {kind!r} are not supported", where=f"{folder}/{CONFIG}", fix=fix)
     try:
         return AdapterFolder(folder, settings, load_file(folder / WEIGHTS))
@@ -208,10 +238,13 @@ def read_adapter(folder: Path) -> AdapterFolder:
 
 def attach_adapter(model: Transformer, family: Family, adapter: AdapterFolder, name: str = NAME) -> None:
     """Put a read adapter on its base. Raises RonnaError for tensors that do not fit it."""
-    if adapter.settings["peft_type"] == "LORA":
-        used = attach_lora(model, family, adapter, name)
-    else:
-        used = attach_own(model, adapter, name)
+    match adapter.settings["peft_type"]:
+        case "LORA":
+            used = attach_lora(model, family, adapter, name)
+        case "PROMPT_TUNING":
+            used = attach_prompt(model, family, adapter, name)
+        case _:
+            used = attach_own(model, adapter, name)
     if unknown := sorted(adapter.tensors.keys() - used):
         raise RonnaError(f"no place in the model for {', '.join(unknown[:4])}", where=str(adapter.folder), fix=FITS)
 
@@ -246,9 +279,21 @@ def attach_lora(model: Transformer, family: Family, adapter: AdapterFolder, name
             change.a.data, change.b.data = a[mine].clone(), b[part][:, mine].clone()
             if "magnitude_vector" in keys:
                 change.magnitude = torch.nn.Parameter(adapter.tensors[keys["magnitude_vector"]][part].clone())
-            attach(place.linear, name, change)
+            attach(place.linear, ChangedLinear, name, change)
         used |= set(keys.values())
-    return used | copy_beside(model, family, adapter)
+    return used | copy_beside(model, family, adapter, PREFIX)
+
+
+def attach_prompt(model: Transformer, family: Family, adapter: AdapterFolder, name: str) -> set[str]:
+    """Of an encoder-decoder `peft` may keep as many vectors again, which nothing reads."""
+    rows = adapter.tensors.get("prompt_embeddings")
+    tokens = adapter.settings.get("num_virtual_tokens")
+    if rows is None or not isinstance(tokens, int) or not 1 <= tokens <= len(rows):
+        raise RonnaError("no vectors for its virtual tokens", where=f"{adapter.folder}/{WEIGHTS}", fix=AGAIN)
+    add_prompt(model, PromptConfig(tokens=tokens), name, seed=0)
+    [(path, parameter)] = adapter_parameters(model, name)
+    put(parameter, rows[:tokens], path, adapter)
+    return {"prompt_embeddings"} | copy_beside(model, family, adapter, VIRTUAL_PREFIX)
 
 
 def lora_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
@@ -261,13 +306,13 @@ def lora_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 @torch.no_grad()
-def copy_beside(model: Transformer, family: Family, adapter: AdapterFolder) -> set[str]:
+def copy_beside(model: Transformer, family: Family, adapter: AdapterFolder, prefix: str) -> set[str]:
     """Weights of the base that were trained with the adapter, such as a classifier; returns their keys."""
     names, used = family.names(model.cfg), set()
     for ours, parameter in model.named_parameters():
         if ".changes." in ours:
             continue
-        key = PREFIX + family.stored_name(model.cfg, locate(names, ours).name)
+        key = prefix + family.stored_name(model.cfg, locate(names, ours).name)
         if key in adapter.tensors:
             put(parameter, adapter.tensors[key], ours, adapter)
             used.add(key)
