@@ -21,6 +21,7 @@ from ronna.model.transformer import Transformer
 from ronna.peft.changes import activate, adapters, merge
 from ronna.peft.folder import attach_adapter, read_adapter, write_adapter
 from ronna.peft.methods import PeftConfig, adapt, longest_text, trained
+from ronna.peft.prefix import PrefixConfig
 from ronna.peft.prompt import PromptConfig
 
 from .test_changes import PRESETS, SIZES, model_of
@@ -45,6 +46,12 @@ KINDS |= {"LMHeadMod": "CAUSAL_LM", "Condition": "SEQ_2_SEQ_LM"}
 TEXTS = [[5, 7, 11, 13, 17, 19, 23, 2, 31, 41], [9, 8, 7], [44, 3, 3, 21, 50, 12], [6], [30, 31, 32, 33, 34, 35, 36]]
 METHODS: dict[str, tuple[PeftConfig, Any, dict[str, Any]]] = {
     "prompt": (PromptConfig(tokens=4), peft.PromptTuningConfig, {}),
+    "prefix": (PrefixConfig(tokens=4), peft.PrefixTuningConfig, {}),
+    "made prefix": (
+        PrefixConfig(tokens=4, hidden=9),
+        peft.PrefixTuningConfig,
+        {"prefix_projection": True, "encoder_hidden_size": 12},
+    ),
 }
 
 
@@ -91,6 +98,11 @@ def theirs(model: Any, text: list[int]) -> Tensor:
     return found.logits[0] if found.logits.ndim == 2 else found.logits[0, -len(text) :]
 
 
+def skip_windows(name: str, method: str) -> None:
+    if name.startswith("modernbert") and method != "prompt":
+        pytest.skip("sees windows, and transformers' takes no past keys")
+
+
 def compare(mine: list[Tensor], model: Any) -> None:
     for scores, text in zip(mine, TEXTS, strict=True):
         torch.testing.assert_close(scores, theirs(model, text), atol=5e-5, rtol=1e-4)
@@ -99,6 +111,7 @@ def compare(mine: list[Tensor], model: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_loads_ours_for_the_same_logits(base, method, tmp_path, recwarn):
     name, folder = base
+    skip_windows(name, method)
     loaded, config = load_folder(folder), METHODS[method][0]
     before = ours(loaded.model)
     adapt(loaded.model, config)
@@ -106,7 +119,8 @@ def test_peft_loads_ours_for_the_same_logits(base, method, tmp_path, recwarn):
     write_adapter(loaded.model, loaded.family, tmp_path, config, str(folder))
     mine = ours(loaded.model)
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(mine, before, strict=True))
-    compare(mine, peft.PeftModel.from_pretrained(BASES[name][0].from_pretrained(folder), tmp_path))
+    if name != "t5" or method == "prompt":  # see `of_decoder`
+        compare(mine, peft.PeftModel.from_pretrained(BASES[name][0].from_pretrained(folder), tmp_path))
     assert not [w for w in recwarn if "adapter" in str(w.message).lower()]
     again = load_folder(folder)
     attach_adapter(again.model, again.family, read_adapter(tmp_path))
@@ -116,6 +130,7 @@ def test_peft_loads_ours_for_the_same_logits(base, method, tmp_path, recwarn):
 @pytest.mark.parametrize("method", METHODS)
 def test_we_load_theirs_for_the_same_logits(base, method, tmp_path):
     name, folder = base
+    skip_windows(name, method)
     _, cls, more = METHODS[method]
     torch.manual_seed(1)
     config = cls(task_type=kind_of(name), num_virtual_tokens=3, **more)

@@ -10,7 +10,7 @@ import torch
 from ronna.cli import main
 
 METHODS = {"lora": ["--lr", "1e-2"], "houlsby": ["--lr", "1e-2"], "bitfit": ["--lr", "3e-2"]}
-METHODS["prompt"] = ["--lr", "3e-2"]
+METHODS |= {"prompt": ["--lr", "3e-2"], "prefix": ["--lr", "1e-2", "--set", "peft.hidden=16"]}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_an_adapter_is_trained_used_and_reported(method, task, tiny_bert, data, 
     capsys.readouterr()
     assert main(["evaluate", "--model", f"{out}/model", "--data", f"{data[task]}/test.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"] == report["test"]
-    if method == "lora" or (method == "prompt" and task == "classify"):
+    if method == "lora" or (method in ("prompt", "prefix") and task == "classify"):
         check_against_peft(out, tiny_bert, task)
 
 

@@ -86,8 +86,8 @@ class Reads:
 class Sequences:
     """Where each sequence of a flat batch starts and at which position it begins.
 
-    lengths: (B,) int64, each at least 1. past: (B,) tokens of each sequence that a cache already holds. front: the
-    first so many places of every sequence, counted in its length, are for virtual tokens that no text holds.
+    lengths: (B,) int64, each at least 1. past: (B,) tokens of each sequence that a cache already holds, or keys that
+    stand for some. front: the first so many places of every sequence, counted in its length, are for virtual tokens.
     Device tensors are made once per batch and shared by all layers.
     """
 
@@ -111,11 +111,15 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def behind(self, front: int) -> "Sequences":
-        """The same tokens with so many virtual ones before each sequence; a cache that is in use holds them."""
+    def behind(self, past: int, front: int) -> "Sequences":
+        """The same tokens with so many keys that nobody computes and then so many virtual tokens before each sequence.
+
+        A cache that is in use holds both.
+        """
         if self.past is not None:
-            return Sequences(self.lengths, self.past + front, self.device)
-        return Sequences(self.lengths + front, device=self.device, front=front)
+            return Sequences(self.lengths, self.past + past + front, self.device)
+        before = torch.full_like(self.lengths, past).to(self.device) if past else None
+        return Sequences(self.lengths + front, before, self.device, front)
 
     @cached_property
     def text(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Adapters on disk: adapter_config.json and adapter_model.safetensors.
 
-A LoRA and a prompt are written as the `peft` library has them, under the module names of transformers, so that
+A LoRA, a prompt and a prefix are written as the `peft` library has them, under the names of transformers, so that
 `PeftModel.from_pretrained` gives the same logits. Where transformers has one map for several of ours (GPT-2's
 c_attn), ours stand in it as blocks, its rank their sum. Other methods have no layout that everybody reads: theirs is
 `"peft_type": "RONNA"`, the method's settings under "method", and tensors under our own parameter names.
@@ -26,14 +26,15 @@ from ronna.model.families import Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
-from ronna.peft.changes import ChangedLinear, adapter_parameters, attach
+from ronna.peft.changes import ChangedLinear, adapter_parameters, attach, changed_modules
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME, PeftConfig, adapt
+from ronna.peft.prefix import PrefixConfig, add_prefix, layout
 from ronna.peft.prompt import PromptConfig, add_prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, VIRTUAL_PREFIX = "base_model.model.", "base_model."  # of transformers' names: of a prompt without "model."
-KINDS = ("LORA", "PROMPT_TUNING", "RONNA")
+KINDS = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING", "RONNA")
 LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 AGAIN = "copy or download the folder again"
 TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "spans": "QUESTION_ANS", "pair": "FEATURE_EXTRACTION"}
@@ -82,7 +83,7 @@ def write_adapter(
     common = {"base_model_name_or_path": base, "task_type": task_type(model), "inference_mode": True}
     if isinstance(config, LoraConfig | AdaLoraConfig):
         settings, stored = as_peft(model, family, config, state)
-    elif isinstance(config, PromptConfig):
+    elif isinstance(config, PromptConfig) or (isinstance(config, PrefixConfig) and not two_stacks(model)):
         settings, stored = as_virtual(model, family, config, state)
     else:
         settings, stored = {"peft_type": "RONNA", "method": config.model_dump(mode="json")}, state
@@ -147,21 +148,30 @@ def as_peft(
 
 
 def as_virtual(
-    model: Transformer, family: Family, config: PromptConfig, state: Mapping[str, Tensor]
+    model: Transformer, family: Family, config: PromptConfig | PrefixConfig, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and tensors of virtual tokens, as the `peft` library has them."""
+    """adapter_config.json and tensors of virtual tokens, as the `peft` library has them.
+
+    A network that made a prefix is not needed any more: its keys and values are written.
+    """
     more, modules = kept_whole(model, family, state, VIRTUAL_PREFIX)
-    block = model.cfg.last.blocks[0]
-    settings = {
-        "peft_type": "PROMPT_TUNING",
+    settings: dict[str, Any] = {
         "num_virtual_tokens": config.tokens,
         "num_transformer_submodules": 1,
-        "num_layers": len(model.cfg.last.blocks),
-        "num_attention_heads": block.attention.heads,
-        "token_dim": model.cfg.dim,
+        "num_layers": len(model.last.blocks),
         "modules_to_save": modules,
     }
-    return settings, {"prompt_embeddings": state[f"embedding.changes.{NAME}.vectors"], **more}
+    [(path, made)] = [(path, module.changes[NAME]) for path, module in changed_modules(model) if NAME in module.changes]
+    own = {leaf: state[f"{path}.changes.{NAME}.{leaf}"] for leaf, _ in made.named_parameters()}
+    if isinstance(config, PromptConfig):
+        heads = model.cfg.last.blocks[0].attention.heads
+        settings |= {"peft_type": "PROMPT_TUNING", "token_dim": model.cfg.dim, "num_attention_heads": heads}
+        return settings, {"prompt_embeddings": own["vectors"], **more}
+    heads, size = layout(model.last)
+    settings |= {"peft_type": "PREFIX_TUNING", "token_dim": heads * size, "num_attention_heads": heads}
+    with torch.no_grad():
+        table = torch.func.functional_call(made, own, ())
+    return settings, {"prompt_embeddings": table, **more}
 
 
 def kept_whole(
@@ -241,8 +251,8 @@ def attach_adapter(model: Transformer, family: Family, adapter: AdapterFolder, n
     match adapter.settings["peft_type"]:
         case "LORA":
             used = attach_lora(model, family, adapter, name)
-        case "PROMPT_TUNING":
-            used = attach_prompt(model, family, adapter, name)
+        case "PROMPT_TUNING" | "PREFIX_TUNING" as kind:
+            used = attach_virtual(model, family, adapter, name, prefix=kind == "PREFIX_TUNING")
         case _:
             used = attach_own(model, adapter, name)
     if unknown := sorted(adapter.tensors.keys() - used):
@@ -284,16 +294,36 @@ def attach_lora(model: Transformer, family: Family, adapter: AdapterFolder, name
     return used | copy_beside(model, family, adapter, PREFIX)
 
 
-def attach_prompt(model: Transformer, family: Family, adapter: AdapterFolder, name: str) -> set[str]:
-    """Of an encoder-decoder `peft` may keep as many vectors again, which nothing reads."""
+def attach_virtual(model: Transformer, family: Family, adapter: AdapterFolder, name: str, *, prefix: bool) -> set[str]:
+    """A prompt or a prefix. For an encoder-decoder `peft` may keep twice the vectors, half of which nothing reads."""
     rows = adapter.tensors.get("prompt_embeddings")
     tokens = adapter.settings.get("num_virtual_tokens")
     if rows is None or not isinstance(tokens, int) or not 1 <= tokens <= len(rows):
         raise RonnaError("no vectors for its virtual tokens", where=f"{adapter.folder}/{WEIGHTS}", fix=AGAIN)
-    add_prompt(model, PromptConfig(tokens=tokens), name, seed=0)
+    if prefix:
+        add_prefix(model, PrefixConfig(tokens=tokens), name, seed=0)
+    else:
+        add_prompt(model, PromptConfig(tokens=tokens), name, seed=0)
     [(path, parameter)] = adapter_parameters(model, name)
     put(parameter, rows[:tokens], path, adapter)
+    if prefix and two_stacks(model):
+        parameter.data = of_decoder(parameter.data, len(model.last.blocks))
     return {"prompt_embeddings"} | copy_beside(model, family, adapter, VIRTUAL_PREFIX)
+
+
+def two_stacks(model: Transformer) -> bool:
+    return model.encoder is not None and model.decoder is not None
+
+
+def of_decoder(table: Tensor, blocks: int) -> Tensor:
+    """What `peft` (0.21) gives the blocks of an encoder-decoder out of a prefix's table (n, N x 2 x K x D).
+
+    It takes every second pair of keys and values for those of the attention to the encoder, which it drops, and
+    begins again at the table's end: block i gets pair 2 i modulo N. So few prefixes can be said in its layout, and
+    ours of encoder-decoders are written in our own.
+    """
+    pairs = table.unflatten(1, (blocks, -1))
+    return pairs[:, [2 * i % blocks for i in range(blocks)]].flatten(1)
 
 
 def lora_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -16,6 +16,7 @@ from ronna.peft.adalora import AdaLoraConfig, add_adalora
 from ronna.peft.changes import adapter_parameters
 from ronna.peft.houlsby import HoulsbyConfig, add_houlsby
 from ronna.peft.lora import LoraConfig, add_lora
+from ronna.peft.prefix import PrefixConfig, add_prefix
 from ronna.peft.prompt import PromptConfig, add_prompt, room
 
 NAME = "default"  # of the adapter that a run trains
@@ -28,13 +29,14 @@ class BitFitConfig(Config):
 
 
 PeftConfig = Annotated[
-    LoraConfig | AdaLoraConfig | HoulsbyConfig | BitFitConfig | PromptConfig, Field(discriminator="kind")
+    LoraConfig | AdaLoraConfig | HoulsbyConfig | BitFitConfig | PromptConfig | PrefixConfig,
+    Field(discriminator="kind"),
 ]
 
 
 def longest_text(cfg: Model, config: PeftConfig | None) -> int | None:
     """The most tokens that a text may have beside the virtual ones of a method, or None where nothing says."""
-    return room(cfg.max_length, config.tokens if isinstance(config, PromptConfig) else 0)
+    return room(cfg.max_length, config.tokens if isinstance(config, PromptConfig | PrefixConfig) else 0)
 
 
 def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = NAME) -> None:
@@ -51,6 +53,8 @@ def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = 
             add_houlsby(model, config, name, seed)
         case PromptConfig():
             add_prompt(model, config, name, seed)
+        case PrefixConfig():
+            add_prefix(model, config, name, seed)
     learning = {id(p) for _, p in adapter_parameters(model, name)}
     learning |= {id(p) for p in alongside(model, config)}
     for parameter in model.parameters():
