@@ -31,7 +31,7 @@ from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
 from ronna.objectives.penalty import Penalised
 from ronna.peft.adalora import AdaLoraConfig, orthogonality, triplets_of
-from ronna.peft.methods import NAME, PeftConfig, adapt, trained
+from ronna.peft.methods import NAME, PeftConfig, adapt, longest_text, trained
 from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun, StartConfig
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
@@ -229,7 +229,8 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     family, cfg, tokenizer = starting_point(run.model, folder)  # a mistyped folder should not wait for the data
     kind, splits = TASKS[run.task.kind], resolve_splits(run.data)
     rows, account = read_splits(kind, splits, run.data, Path(run.out))
-    length = run.train.length if cfg.max_length is None else min(run.train.length, cfg.max_length)
+    limit = longest_text(cfg, run.peft)
+    length = run.train.length if limit is None else min(run.train.length, limit)
     task = kind.learn(run.task, rows["train"], tokenizer, length)
     task = task.on(cfg, read_config_json(folder) if folder.is_dir() else {})
     say(f"task: {task.title}")

@@ -86,7 +86,7 @@ VERBS: dict[str, Verb] = {
         (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed, seq2seq, dialogue, dpo"),
          Flag("--model", "model.name", "model folder, or a preset to train from scratch"),
          Flag("--tokenizer", "model.tokenizer", "tokenizer folder of a preset"),
-         Flag("--peft", "peft.kind", "train an adapter alone: lora, adalora, houlsby, bitfit"),
+         Flag("--peft", "peft.kind", "train an adapter alone: lora, adalora, houlsby, bitfit, prompt, prefix"),
          Flag("--train", "data.train", "file, or folder with train, validation and test"),
          Flag("--validation", "data.validation", "file"), Flag("--test", "data.test", "file"),
          Flag("--text", "data.text", "column of the text"), Flag("--text-pair", "data.text_pair", "of the second text"),

@@ -10,6 +10,7 @@ import torch
 from ronna.cli import main
 
 METHODS = {"lora": ["--lr", "1e-2"], "houlsby": ["--lr", "1e-2"], "bitfit": ["--lr", "3e-2"]}
+METHODS |= {"prompt": ["--lr", "3e-2"], "prefix": ["--lr", "1e-2", "--set", "peft.hidden=16"]}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_an_adapter_is_trained_used_and_reported(method, task, tiny_bert, data, 
     capsys.readouterr()
     assert main(["evaluate", "--model", f"{out}/model", "--data", f"{data[task]}/test.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"] == report["test"]
-    if method == "lora":
+    if method == "lora" or (method in ("prompt", "prefix") and task == "classify"):
         check_against_peft(out, tiny_bert, task)
 
 
@@ -67,7 +68,7 @@ def check_against_peft(out: Path, base: Path, task: str) -> None:
     theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base, config=settings), out / "model").eval()
     text = "the film was great with music"
     tokens = hf.AutoTokenizer.from_pretrained(out / "model")(text, return_tensors="pt")
-    p = theirs(**tokens).logits.softmax(-1)[0]
+    p = theirs(**tokens).logits.detach().softmax(-1)[0]
     [answer] = load(str(out / "model"), precision="fp32").predict([text])
     if task == "classify":
         assert answer["probabilities"]["pos"] == pytest.approx(float(p[settings.label2id["pos"]]), abs=1e-5)
@@ -83,6 +84,7 @@ WRONG = {
     "unknown method": (["--peft", "loar"], ["loar", "lora"]),
     "unknown key": (["--peft", "lora", "--set", "peft.size=3"], ["peft.size", "houlsby"]),
     "unknown target": (["--peft", "lora", "--set", 'peft.targets=["query"]'], ["query", "attention.q"]),
+    "no room": (["--peft", "prompt", "--set", "peft.tokens=600"], ["peft.tokens", "use fewer"]),
     "scratch": (["--peft", "lora", "--scratch"], ["model.scratch", "no base"]),
 }
 

@@ -90,7 +90,7 @@ def _check(model: Transformer, config: GenerateConfig, decode: Decode | None, on
     if model.decoder is None or model.head is None:
         lacks = "decoder" if model.decoder is None else "vocabulary head"
         raise RonnaError(f"the model has no {lacks}, so it cannot generate", fix="use a GPT or T5 kind of model")
-    longest = model.cfg.max_length
+    longest = model.max_length
     if longest is not None and (config.max_tokens or 0) > longest:
         raise RonnaError(
             f"found {config.max_tokens}, but the model has {longest} positions", where="max_tokens",
@@ -104,7 +104,7 @@ def _check(model: Transformer, config: GenerateConfig, decode: Decode | None, on
 
 def _start(model: Transformer, index: int, prompt: Sequence[int], start: int | None) -> Sequence[int]:
     """What the decoder begins with."""
-    where, longest, vocab = f"prompt {index}", model.cfg.max_length, model.cfg.embedding.vocab
+    where, longest, vocab = f"prompt {index}", model.max_length, model.cfg.embedding.vocab
     if longest is not None and len(prompt) > longest:
         raise RonnaError(
             f"{len(prompt)} tokens, but the model reads {longest} at most",
@@ -133,7 +133,7 @@ def _start(model: Transformer, index: int, prompt: Sequence[int], start: int | N
 
 def _room(model: Transformer, config: GenerateConfig, tokens: Sequence[int]) -> int:
     wanted = config.max_tokens or USUAL_TOKENS
-    longest = model.cfg.max_length
+    longest = model.max_length
     return wanted if longest is None else min(wanted, longest - len(tokens))
 
 
@@ -234,7 +234,7 @@ def perplexity(
     """
     if model.decoder is None or model.encoder is not None or model.head is None:
         raise RonnaError("perplexity is that of a decoder with a vocabulary head", fix="use a GPT kind of model")
-    longest = model.cfg.max_length
+    longest = model.max_length
     if length < 1 or (longest is not None and length > longest):
         fix = "use at least 1" if longest is None else f"use 1 to {longest}, the model's positions"
         raise RonnaError(f"found {length}", where="length", fix=fix)

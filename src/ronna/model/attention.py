@@ -2,10 +2,12 @@
 
 Only this file knows that some kernels want rectangles. Everything here takes and returns flat tokens.
 
-Legend: T tokens, B sequences, R rows and L columns of a view, H heads, K key/value heads, D head size.
+Legend: T tokens, B sequences, R rows and L columns of a view, H heads, K key/value heads, D head size, n keys of a
+prefix.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,18 @@ class RelativeBias(nn.Module):
         return base + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
 
+class Prefix(NamedTuple):
+    """Keys and values (n, K, D) that stand before those of every sequence, as if of n tokens already read."""
+
+    keys: Tensor
+    values: Tensor
+
+    def before(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, L, K, D) each -> (R, n + L, K, D)."""
+        keys, values = (t.to(k.dtype).expand(len(k), *t.shape) for t in self)
+        return torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+
+
 class LayerCache:
     """Keys and values that one layer has already computed, (B, L, K, D), grown by doubling."""
 
@@ -79,12 +93,15 @@ class LayerCache:
         self.values: Tensor | None = None
         self.memory: tuple[Tensor, Tensor] | None = None  # of the encoder's states, flat
 
-    def extend(self, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Put flat k, v (T, K, D) at their places; return all (B, L, K, D), right padded."""
+    def extend(self, k: Tensor, v: Tensor, sequences: Sequences, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
+        """Put flat k, v (T, K, D) at their places; return all (B, L, K, D), right padded, those of a prefix first."""
         need = sequences.reach
         if self.keys is None or self.values is None:
             room = (len(sequences), max(64, need), *k.shape[1:])
             self.keys, self.values = k.new_zeros(room), v.new_zeros(room)
+            if prefix is not None:
+                self.keys[:, : len(prefix.keys)] = prefix.keys
+                self.values[:, : len(prefix.keys)] = prefix.values
         while self.keys.shape[1] < need:
             self.keys = torch.cat([self.keys, torch.zeros_like(self.keys)], dim=1)
             self.values = torch.cat([self.values, torch.zeros_like(self.values)], dim=1)
@@ -125,17 +142,22 @@ def written_out(
     if cfg.kv != cfg.heads:
         k, v = (t.repeat_interleave(cfg.heads // cfg.kv, dim=1) for t in (k, v))
     if mask is None and causal:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        mask = no_later(q.shape[-2], k.shape[-2], q.device)
     scores = (q * (cfg.head_dim**-0.5 if cfg.scale is None else cfg.scale)) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return drop(scores.softmax(-1), rate, training=rate > 0) @ v
 
 
+def no_later(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(Lq, Lk), True where a query may look: the last query sees every key, each one before it one key less."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
 def with_bias(mask: Tensor | None, bias: Tensor, causal: bool) -> Tensor:
     """One additive mask out of a boolean one (or bare causality) and a bias (R, H, Lq, Lk)."""
     if mask is None and causal:
-        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+        mask = no_later(bias.shape[-2], bias.shape[-1], bias.device)
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
@@ -184,10 +206,12 @@ class Attention(nn.Module):
         bias: RelativeBias | None = None,
         cache: LayerCache | None = None,
         reads: Reads | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """Self-attention, x (rows, C) -> (rows, C): see `computed_rows`. With `reads`, -> (rows for M, C).
 
-        Scores are computed for every token even then: what is saved are the products that grow with C squared.
+        Scores are computed for every token even then: what is saved are the products that grow with C squared. With
+        a prefix the positions of `sequences` begin behind it, and the layer must have no window.
         """
         angles = None
         if rotary := self.cfg.rotary:
@@ -197,11 +221,11 @@ class Attention(nn.Module):
         else:
             q, k, v = self.project_read(x, sequences.tokens, angles, reads)
         if cache is not None:
-            y = self.attend_cached(q, k, v, sequences, bias, cache)
-        elif has_varlen(q, bias, self.rate):
+            y = self.attend_cached(q, k, v, sequences, bias, cache, prefix)
+        elif prefix is None and has_varlen(q, bias, self.rate):
             y = varlen(q, k, v, self.cfg, sequences, causal=self.causal)
         else:
-            y = self.attend(q, k, v, sequences, bias)
+            y = self.attend(q, k, v, sequences, bias, prefix)
         y = y.flatten(-2)
         return self.out(sequences.widen(y) if reads is None else reads.pick(y))
 
@@ -218,13 +242,26 @@ class Attention(nn.Module):
         k, v = (self.split(y[:tokens]) for y in merged(x, self.k, self.v))
         return *placed(reads.spread(q), self.k_norm(k), angles), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, bias: RelativeBias | None) -> Tensor:
-        view = sequences.packed
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences: Sequences,
+        bias: RelativeBias | None,
+        prefix: Prefix | None,
+    ) -> Tensor:
+        view, ahead = sequences.packed, 0 if prefix is None else len(prefix.keys)
         mask = sequences.mask(view, causal=self.causal, window=self.cfg.window)
+        if ahead:
+            bare = mask
+            mask = sequences.memo(("ahead", self.causal), lambda: seen_ahead(bare, view, ahead, self.causal))
         if bias is not None:
-            table = sequences.memo((bias, q.dtype), lambda: relative(bias, view, q.dtype))
+            table = sequences.memo((bias, q.dtype), lambda: relative(bias, view, q.dtype, ahead))
             mask = with_bias(mask, table, self.causal)
         q, k, v = view.spread(q), view.spread(k), view.spread(v)
+        if prefix is not None:
+            k, v = prefix.before(k, v)
         return view.gather(sdpa(q, k, v, self.cfg, mask=mask, causal=self.causal, dropout=self.rate))
 
     def attend_cached(
@@ -235,8 +272,9 @@ class Attention(nn.Module):
         sequences: Sequences,
         bias: RelativeBias | None,
         cache: LayerCache,
+        prefix: Prefix | None,
     ) -> Tensor:
-        keys, values = cache.extend(k, v, sequences)
+        keys, values = cache.extend(k, v, sequences, prefix)
         view = sequences.padded
         place = torch.arange(keys.shape[1], device=q.device)
         distance = view.position[:, :, None] - place  # (B, L, keys)
@@ -277,9 +315,18 @@ class Attention(nn.Module):
         return self.out(sequences.widen(y) if reads is None else reads.pick(y))
 
 
-def relative(bias: RelativeBias, view: View, dtype: torch.dtype) -> Tensor:
-    """The bias of a whole view, (1, H, L, L) where every row counts its positions from the same start."""
+def relative(bias: RelativeBias, view: View, dtype: torch.dtype, ahead: int) -> Tensor:
+    """The bias of a whole view and what stands before each of its sequences, (R, H, L, ahead + L), or (1, ...) where
+    every row counts its positions from the same start."""
     positions = view.position
     if view.single:
-        positions = torch.arange(view.columns, device=positions.device)[None]
-    return bias(positions, positions).to(dtype)
+        positions = torch.arange(ahead, ahead + view.columns, device=positions.device)[None]
+    before = torch.arange(ahead, device=positions.device).expand(len(positions), ahead)
+    return bias(positions, torch.cat([before, positions], dim=1)).to(dtype)
+
+
+def seen_ahead(mask: Tensor | None, view: View, ahead: int, causal: bool) -> Tensor | None:
+    """The mask of a view (R or 1, 1, L, L) with keys in front that every cell sees, (..., L, ahead + L)."""
+    if mask is None:
+        return no_later(view.columns, ahead + view.columns, view.position.device) if causal else None
+    return torch.cat([mask.new_ones(*mask.shape[:-1], ahead), mask], dim=-1)

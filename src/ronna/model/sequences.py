@@ -86,14 +86,16 @@ class Reads:
 class Sequences:
     """Where each sequence of a flat batch starts and at which position it begins.
 
-    lengths: (B,) int64, each at least 1. past: (B,) tokens of each sequence that a cache already holds.
+    lengths: (B,) int64, each at least 1. past: (B,) tokens of each sequence that a cache already holds, or keys that
+    stand for some. front: the first so many places of every sequence, counted in its length, are for virtual tokens.
     Device tensors are made once per batch and shared by all layers.
     """
 
-    def __init__(self, lengths: Tensor, past: Tensor | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, lengths: Tensor, past: Tensor | None = None, device: torch.device | str = "cpu", front: int = 0):
         self.lengths = lengths.cpu()
         self.past = past
         self.device = torch.device(device)
+        self.front = front
         self._memo: dict[Hashable, Any] = {}
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -108,6 +110,34 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def behind(self, past: int, front: int) -> "Sequences":
+        """The same tokens with so many keys that nobody computes and then so many virtual tokens before each sequence.
+
+        A cache that is in use holds both.
+        """
+        if self.past is not None:
+            return Sequences(self.lengths, self.past + past + front, self.device)
+        before = torch.full_like(self.lengths, past).to(self.device) if past else None
+        return Sequences(self.lengths + front, before, self.device, front)
+
+    @cached_property
+    def text(self) -> Tensor:
+        """(T - B front,) places of the tokens that are not virtual."""
+        return (torch.arange(self.tokens, device=self.device) - self.starts[self.owner] >= self.front).nonzero()[:, 0]
+
+    def places(self, at: Tensor | None) -> Tensor | None:
+        """Where the tokens `at` (M,) of the text (None: all of it) lie; None where that is everywhere."""
+        if not self.front:
+            return at
+        return self.text if at is None else self.text[at]
+
+    def lead(self, front: Tensor, x: Tensor) -> Tensor:
+        """(front, ...) before each sequence of a text's (T - B front, ...) -> (T, ...), the finer of their dtypes."""
+        dtype = torch.promote_types(front.dtype, x.dtype)
+        whole = x.new_zeros(self.tokens, *x.shape[1:], dtype=dtype).index_copy(0, self.text, x.to(dtype))
+        virtual = (self.starts[:, None] + torch.arange(self.front, device=self.device)).flatten()
+        return whole.index_copy(0, virtual, front.to(dtype).repeat(len(self), *[1] * (x.ndim - 1)))
 
     @cached_property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ronna.model import config as c
-from ronna.model.attention import Attention, LayerCache, RelativeBias
+from ronna.model.attention import Attention, LayerCache, Prefix, RelativeBias
 from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, dropout, make_norm
 from ronna.model.sequences import Reads, Sequences
 
@@ -58,9 +58,12 @@ class Block(nn.Module):
         memory: Memory | None = None,
         cache: LayerCache | None = None,
         reads: Reads | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """x (rows, C) -> (rows, C), or the rows that `reads` picks of it."""
-        x = self.residual(x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache, reads), reads)
+        x = self.residual(
+            x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache, reads, prefix), reads
+        )
         if self.cross is not None and self.cross_norm is not None and memory is not None:
             cross, source = self.cross, memory
             x = self.residual(
@@ -91,6 +94,15 @@ class Stack(nn.Module):
         self.bias = RelativeBias(cfg.relative_bias, heads, cfg.causal) if cfg.relative_bias else None
         self.final_norm = make_norm(cfg.final_norm, dim)
 
+    @property
+    def ahead(self) -> int:
+        """Keys of the prefix."""
+        return 0
+
+    def prefix(self) -> list[Prefix | None]:
+        """What the attention of each block reads before every sequence: `peft` gives the class of a module some."""
+        return [None] * len(self.blocks)
+
     def forward(
         self,
         x: Tensor,
@@ -102,9 +114,9 @@ class Stack(nn.Module):
         """States (T, C) of x (T, C), or those (M, C) that are read."""
         x = sequences.widen(dropout(x, self.cfg.dropout, self.training))
         last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
+        for i, (block, prefix) in enumerate(zip(self.blocks, self.prefix(), strict=True)):
             layer = cache.layer(i) if cache else None
-            x = block(x, sequences, self.bias, memory, layer, reads if i == last else None)
+            x = block(x, sequences, self.bias, memory, layer, reads if i == last else None, prefix)
         x = x[: sequences.tokens if reads is None else len(reads.index)]
         return dropout(self.final_norm(x), self.cfg.dropout, self.training)
 
@@ -126,10 +138,18 @@ class Embedding(nn.Module):
         self.segments = nn.Embedding(cfg.segments, dim) if cfg.segments else None
         self.norm = make_norm(cfg.norm, dim)
 
+    def virtual(self) -> Tensor | None:
+        """Vectors (n, C) of virtual tokens, to stand before every text: `peft` gives the class of a module some."""
+        return None
+
     def forward(self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None) -> Tensor:
+        """(T, C) of tokens and segments (T,), or of T less the virtual tokens that `sequences` has places for."""
         x = self.tokens(tokens)
         if self.cfg.scale != 1.0:
             x = x * self.cfg.scale
+        if sequences.front and (virtual := self.virtual()) is not None:
+            x = sequences.lead(virtual, x)
+            segments = None if segments is None else sequences.lead(segments.new_zeros(sequences.front), segments)
         match self.cfg.positions:
             case c.LearnedPositions(offset=offset):
                 x = x + self.positions(sequences.positions + offset)  # type: ignore[misc]
@@ -223,9 +243,29 @@ class Transformer(nn.Module):
         x = self.embedding(tokens, sequences, segments)
         return dropout(x, self.cfg.embedding.dropout, self.training).to(self.compute)
 
+    @property
+    def last(self) -> Stack:
+        """The stack whose states are the model's."""
+        stack = self.decoder if self.decoder is not None else self.encoder
+        assert stack is not None
+        return stack
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that a text may have, or None where nothing says."""
+        longest, virtual = self.cfg.max_length, self.embedding.virtual()
+        return None if longest is None else longest - self.last.ahead - (0 if virtual is None else len(virtual))
+
+    def placed(self, sequences: Sequences, stack: Stack, memory: Memory | None = None) -> Sequences:
+        """Where a text's tokens lie in what a stack reads; virtual ones stand before what the first stack reads."""
+        virtual = self.embedding.virtual() if memory is None else None
+        past, front = stack.ahead, 0 if virtual is None else len(virtual)
+        return sequences.behind(past, front) if past or front else sequences
+
     def encode(self, tokens: Tensor, sequences: Sequences) -> Memory:
         """What the decoder of an encoder-decoder reads, from source tokens (S,)."""
         assert self.encoder is not None
+        sequences = self.placed(sequences, self.encoder)
         return Memory(self.encoder(self.embed(tokens, sequences), sequences), sequences)
 
     def hidden(
@@ -243,17 +283,30 @@ class Transformer(nn.Module):
         ValueError where `at` names a place twice, which would count its gradient twice (a GPU is not made to wait
         for this check).
         """
+        sequences = self.placed(sequences, self.last, memory)
+        return self.states(tokens, sequences, segments, memory, cache, sequences.places(at))
+
+    def states(
+        self,
+        tokens: Tensor,
+        sequences: Sequences,
+        segments: Tensor | None,
+        memory: Memory | None,
+        cache: Cache | None,
+        at: Tensor | None,
+    ) -> Tensor:
+        """`hidden`, of sequences and places `at` as the stack has them."""
         if at is not None and not at.is_cuda and len(at.unique()) < len(at):
             raise ValueError("`at` names a place twice")
-        stack = self.decoder if self.decoder is not None else self.encoder
-        assert stack is not None
         reads = None if at is None or len(at) == sequences.tokens else Reads(at, sequences.tokens)
-        states = stack(self.embed(tokens, sequences, segments), sequences, memory, cache, reads)
+        states = self.last(self.embed(tokens, sequences, segments), sequences, memory, cache, reads)
         return states if at is None or reads is not None else states.index_select(0, at)
 
     def pooled(self, tokens: Tensor, sequences: Sequences, pool: c.Pool) -> Tensor:
         """One state a sequence (B, C), of a model without a classifier."""
-        return pooled(self.hidden(tokens, sequences, at=pooled_places(sequences, pool)), sequences, pool)
+        sequences = self.placed(sequences, self.last)
+        at = pooled_places(sequences, pool)
+        return pooled(self.states(tokens, sequences, None, None, None, at), sequences, pool)
 
     def scores(
         self,
@@ -266,8 +319,9 @@ class Transformer(nn.Module):
         """The classifier's scores in fp32: (B, labels), or (M, labels) of the tokens `at` (M,) where it scores tokens
         (None: all T). Where it scores pairs, `at` (2 B,) are two places of each sequence."""
         assert self.classifier is not None, "this model has no classifier"
-        states = self.hidden(tokens, sequences, segments, memory, at=self.classifier.reads(sequences, at))
-        return self.classifier(states, sequences)
+        sequences = self.placed(sequences, self.last, memory)
+        at = self.classifier.reads(sequences, sequences.places(at))
+        return self.classifier(self.states(tokens, sequences, segments, memory, None, at), sequences)
 
     def forward(
         self,

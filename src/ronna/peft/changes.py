@@ -24,15 +24,22 @@ class Change(nn.Module, ABC):
 
     def merged_weight(self, base: Linear) -> Tensor:
         """The weight (O, I), fp32, of the one linear map that does both. Raises RonnaError where there is none."""
-        raise RonnaError("this adapter is no linear map, so it cannot be merged", fix="keep it beside its base")
+        raise not_linear()
 
 
-class ChangedLinear(Linear):
-    """A Linear with adapters; only `attach` makes one, out of a Linear that is there."""
+def not_linear() -> RonnaError:
+    return RonnaError("this adapter is no linear map, so it cannot be merged", fix="keep it beside its base")
+
+
+class Changed(nn.Module):
+    """A module with adapters; only `attach` makes one, out of a module that is there."""
 
     changes: nn.ModuleDict  # every adapter, by name
     active: tuple[str, ...]  # those at work, the first one nearest to the base
-    kept: Tensor | None  # the weight before a merge
+
+
+class ChangedLinear(Linear, Changed):
+    kept: Tensor | None = None  # the weight before a merge
 
     def changed(self, input: Tensor, output: Tensor) -> Tensor:
         for name in self.active:
@@ -46,28 +53,36 @@ def change(linear: ChangedLinear, name: str) -> Change:
     return found
 
 
-def attach(linear: Linear, name: str, new: Change) -> None:
-    """Put an adapter on a linear map, at work at once. Raises RonnaError where one of this name is there."""
-    if not isinstance(linear, ChangedLinear):
-        linear.__class__ = ChangedLinear
-        linear.changes, linear.active, linear.kept = nn.ModuleDict(), (), None  # type: ignore[assignment]
-    changed = linear
-    assert isinstance(changed, ChangedLinear)
-    if name in changed.changes:
+def attach(module: nn.Module, kind: type[Changed], name: str, new: nn.Module) -> None:
+    """Put an adapter on a module, at work at once. Raises RonnaError where one of this name is there.
+
+    kind: a class of the module's own with adapters, whose meaning of what the module does it gets.
+    """
+    if not isinstance(module, Changed):
+        module.__class__ = kind
+        module.changes, module.active = nn.ModuleDict(), ()  # type: ignore[assignment]
+    assert isinstance(module, Changed)
+    if name in module.changes:
         raise RonnaError(f"there is an adapter {name!r} already", fix="give this one another name")
-    changed.changes[name] = new.to(changed.weight.device)
-    changed.active = (*changed.active, name)
+    module.changes[name] = new.to(next(module.parameters()).device)
+    module.active = (*module.active, name)
+
+
+def changed_modules(model: nn.Module) -> Iterator[tuple[str, Changed]]:
+    for path, module in model.named_modules():
+        if isinstance(module, Changed):
+            yield path, module
 
 
 def changed_linears(model: nn.Module) -> Iterator[tuple[str, ChangedLinear]]:
-    for path, module in model.named_modules():
+    for path, module in changed_modules(model):
         if isinstance(module, ChangedLinear):
             yield path, module
 
 
 def adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that a model carries, at work or not."""
-    return list(dict.fromkeys(name for _, linear in changed_linears(model) for name in linear.changes))
+    return list(dict.fromkeys(name for _, module in changed_modules(model) for name in module.changes))
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -76,23 +91,23 @@ def activate(model: nn.Module, *names: str) -> None:
     for name in names:
         if name not in known:
             raise RonnaError(f"no adapter {name!r}", fix=f"there are {', '.join(known) or 'none'}")
-    for _, linear in changed_linears(model):
-        if linear.kept is not None:
-            raise RonnaError("an adapter is merged into the weights", fix="unmerge it first")
-        linear.active = tuple(name for name in names if name in linear.changes)
+    if any(linear.kept is not None for _, linear in changed_linears(model)):
+        raise RonnaError("an adapter is merged into the weights", fix="unmerge it first")
+    for _, module in changed_modules(model):
+        module.active = tuple(name for name in names if name in module.changes)
 
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
     """The base alone inside; afterwards the adapters that were at work are at work again."""
-    before = [(linear, linear.active) for _, linear in changed_linears(model)]
-    for linear, _ in before:
-        linear.active = ()
+    before = [(module, module.active) for _, module in changed_modules(model)]
+    for module, _ in before:
+        module.active = ()
     try:
         yield
     finally:
-        for linear, active in before:
-            linear.active = active
+        for module, active in before:
+            module.active = active
 
 
 @torch.no_grad()
@@ -104,6 +119,8 @@ def merge(model: Transformer, name: str, *, tolerance: float = 0.01) -> float:
     small changes meet large bf16 weights.
     """
     found = [(path, linear) for path, linear in changed_linears(model) if name in linear.changes]
+    if len(found) < sum(name in module.changes for _, module in changed_modules(model)):
+        raise not_linear()
     if not found:
         raise RonnaError(f"no adapter {name!r}", fix=f"there are {', '.join(adapters(model)) or 'none'}")
     if any(linear.kept is not None or linear.active != (name,) for _, linear in found):
@@ -140,9 +157,9 @@ def unmerge(model: nn.Module, name: str) -> None:
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapter's own weights, under names without its own: `encoder.blocks.0.attention.q.a`."""
-    for path, linear in changed_linears(model):
-        if name in linear.changes:
-            for leaf, parameter in linear.changes[name].named_parameters():
+    for path, module in changed_modules(model):
+        if name in module.changes:
+            for leaf, parameter in module.changes[name].named_parameters():
                 yield f"{path}.{leaf}", parameter
 
 

@@ -1,6 +1,6 @@
 """Adapters on disk: adapter_config.json and adapter_model.safetensors.
 
-A LoRA is written as the `peft` library has it, under the module names of transformers, so that
+A LoRA, a prompt and a prefix are written as the `peft` library has them, under the names of transformers, so that
 `PeftModel.from_pretrained` gives the same logits. Where transformers has one map for several of ours (GPT-2's
 c_attn), ours stand in it as blocks, its rank their sum. Other methods have no layout that everybody reads: theirs is
 `"peft_type": "RONNA"`, the method's settings under "method", and tensors under our own parameter names.
@@ -26,12 +26,15 @@ from ronna.model.families import Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
-from ronna.peft.changes import attach
+from ronna.peft.changes import ChangedLinear, adapter_parameters, attach, changed_modules
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME, PeftConfig, adapt
+from ronna.peft.prefix import PrefixConfig, add_prefix, layout
+from ronna.peft.prompt import PromptConfig, add_prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PREFIX, VIRTUAL_PREFIX = "base_model.model.", "base_model."  # of transformers' names: of a prompt without "model."
+KINDS = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING", "RONNA")
 LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 AGAIN = "copy or download the folder again"
 TASKS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "spans": "QUESTION_ANS", "pair": "FEATURE_EXTRACTION"}
@@ -80,6 +83,8 @@ def write_adapter(
     common = {"base_model_name_or_path": base, "task_type": task_type(model), "inference_mode": True}
     if isinstance(config, LoraConfig | AdaLoraConfig):
         settings, stored = as_peft(model, family, config, state)
+    elif isinstance(config, PromptConfig) or (isinstance(config, PrefixConfig) and not two_stacks(model)):
+        settings, stored = as_virtual(model, family, config, state)
     else:
         settings, stored = {"peft_type": "RONNA", "method": config.model_dump(mode="json")}, state
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,11 +129,7 @@ def as_peft(
         targets.append(module)
         if at != rank:
             ranks[module], alphas[module] = at, scale * (at**0.5 if rslora else at)
-    names = family.names(model.cfg)
-    beside = {
-        name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
-    }
-    stored |= {PREFIX + theirs: state[ours] for ours, theirs in beside.items()}
+    more, modules = kept_whole(model, family, state, PREFIX)
     settings = {
         "peft_type": "LORA",
         "r": rank,
@@ -139,11 +140,50 @@ def as_peft(
         "bias": "none",
         "fan_in_fan_out": any(p.weight.transpose for some in known.values() for p in some),
         "target_modules": targets,
-        "modules_to_save": sorted({saved_module(theirs) for theirs in beside.values()}) or None,
+        "modules_to_save": modules,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    return settings, stored
+    return settings, stored | more
+
+
+def as_virtual(
+    model: Transformer, family: Family, config: PromptConfig | PrefixConfig, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and tensors of virtual tokens, as the `peft` library has them.
+
+    A network that made a prefix is not needed any more: its keys and values are written.
+    """
+    more, modules = kept_whole(model, family, state, VIRTUAL_PREFIX)
+    settings: dict[str, Any] = {
+        "num_virtual_tokens": config.tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": len(model.last.blocks),
+        "modules_to_save": modules,
+    }
+    [(path, made)] = [(path, module.changes[NAME]) for path, module in changed_modules(model) if NAME in module.changes]
+    own = {leaf: state[f"{path}.changes.{NAME}.{leaf}"] for leaf, _ in made.named_parameters()}
+    if isinstance(config, PromptConfig):
+        heads = model.cfg.last.blocks[0].attention.heads
+        settings |= {"peft_type": "PROMPT_TUNING", "token_dim": model.cfg.dim, "num_attention_heads": heads}
+        return settings, {"prompt_embeddings": own["vectors"], **more}
+    heads, size = layout(model.last)
+    settings |= {"peft_type": "PREFIX_TUNING", "token_dim": heads * size, "num_attention_heads": heads}
+    with torch.no_grad():
+        table = torch.func.functional_call(made, own, ())
+    return settings, {"prompt_embeddings": table, **more}
+
+
+def kept_whole(
+    model: Transformer, family: Family, state: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The base's own weights that were trained, by their names in `peft`, and the modules it is to load them into."""
+    names = family.names(model.cfg)
+    beside = {
+        name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
+    }
+    modules = sorted({saved_module(theirs) for theirs in beside.values()}) or None
+    return {prefix + theirs: state[ours] for ours, theirs in beside.items()}, modules
 
 
 def low_rank(state: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor] | None:
@@ -197,8 +237,8 @@ def read_adapter(folder: Path) -> AdapterFolder:
         base, kind = settings["base_model_name_or_path"], settings["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RonnaError(f"not the settings of an adapter: {error}", where=f"{folder}/{CONFIG}", fix=AGAIN) from None
-    if kind not in ("LORA", "RONNA") or not isinstance(base, str):
-        fix = "use a LoRA folder, or one that `ronna finetune` wrote"
+    if kind not in KINDS or not isinstance(base, str):
+        fix = "use a LoRA, a prompt, or a folder that `ronna finetune` wrote"
         raise RonnaError(f"adapters of type {kind!r} are not supported", where=f"{folder}/{CONFIG}", fix=fix)
     try:
         return AdapterFolder(folder, settings, load_file(folder / WEIGHTS))
@@ -208,10 +248,13 @@ def read_adapter(folder: Path) -> AdapterFolder:
 
 def attach_adapter(model: Transformer, family: Family, adapter: AdapterFolder, name: str = NAME) -> None:
     """Put a read adapter on its base. Raises RonnaError for tensors that do not fit it."""
-    if adapter.settings["peft_type"] == "LORA":
-        used = attach_lora(model, family, adapter, name)
-    else:
-        used = attach_own(model, adapter, name)
+    match adapter.settings["peft_type"]:
+        case "LORA":
+            used = attach_lora(model, family, adapter, name)
+        case "PROMPT_TUNING" | "PREFIX_TUNING" as kind:
+            used = attach_virtual(model, family, adapter, name, prefix=kind == "PREFIX_TUNING")
+        case _:
+            used = attach_own(model, adapter, name)
     if unknown := sorted(adapter.tensors.keys() - used):
         raise RonnaError(f"no place in the model for {', '.join(unknown[:4])}", where=str(adapter.folder), fix=FITS)
 
@@ -246,9 +289,41 @@ def attach_lora(model: Transformer, family: Family, adapter: AdapterFolder, name
             change.a.data, change.b.data = a[mine].clone(), b[part][:, mine].clone()
             if "magnitude_vector" in keys:
                 change.magnitude = torch.nn.Parameter(adapter.tensors[keys["magnitude_vector"]][part].clone())
-            attach(place.linear, name, change)
+            attach(place.linear, ChangedLinear, name, change)
         used |= set(keys.values())
-    return used | copy_beside(model, family, adapter)
+    return used | copy_beside(model, family, adapter, PREFIX)
+
+
+def attach_virtual(model: Transformer, family: Family, adapter: AdapterFolder, name: str, *, prefix: bool) -> set[str]:
+    """A prompt or a prefix. For an encoder-decoder `peft` may keep twice the vectors, half of which nothing reads."""
+    rows = adapter.tensors.get("prompt_embeddings")
+    tokens = adapter.settings.get("num_virtual_tokens")
+    if rows is None or not isinstance(tokens, int) or not 1 <= tokens <= len(rows):
+        raise RonnaError("no vectors for its virtual tokens", where=f"{adapter.folder}/{WEIGHTS}", fix=AGAIN)
+    if prefix:
+        add_prefix(model, PrefixConfig(tokens=tokens), name, seed=0)
+    else:
+        add_prompt(model, PromptConfig(tokens=tokens), name, seed=0)
+    [(path, parameter)] = adapter_parameters(model, name)
+    put(parameter, rows[:tokens], path, adapter)
+    if prefix and two_stacks(model):
+        parameter.data = of_decoder(parameter.data, len(model.last.blocks))
+    return {"prompt_embeddings"} | copy_beside(model, family, adapter, VIRTUAL_PREFIX)
+
+
+def two_stacks(model: Transformer) -> bool:
+    return model.encoder is not None and model.decoder is not None
+
+
+def of_decoder(table: Tensor, blocks: int) -> Tensor:
+    """What `peft` (0.21) gives the blocks of an encoder-decoder out of a prefix's table (n, N x 2 x K x D).
+
+    It takes every second pair of keys and values for those of the attention to the encoder, which it drops, and
+    begins again at the table's end: block i gets pair 2 i modulo N. So few prefixes can be said in its layout, and
+    ours of encoder-decoders are written in our own.
+    """
+    pairs = table.unflatten(1, (blocks, -1))
+    return pairs[:, [2 * i % blocks for i in range(blocks)]].flatten(1)
 
 
 def lora_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
@@ -261,13 +336,13 @@ def lora_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 @torch.no_grad()
-def copy_beside(model: Transformer, family: Family, adapter: AdapterFolder) -> set[str]:
+def copy_beside(model: Transformer, family: Family, adapter: AdapterFolder, prefix: str) -> set[str]:
     """Weights of the base that were trained with the adapter, such as a classifier; returns their keys."""
     names, used = family.names(model.cfg), set()
     for ours, parameter in model.named_parameters():
         if ".changes." in ours:
             continue
-        key = PREFIX + family.stored_name(model.cfg, locate(names, ours).name)
+        key = prefix + family.stored_name(model.cfg, locate(names, ours).name)
         if key in adapter.tensors:
             put(parameter, adapter.tensors[key], ours, adapter)
             used.add(key)

@@ -9,12 +9,15 @@ from torch import nn
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
+from ronna.model.config import Model
 from ronna.model.layers import LayerNorm, RMSNorm
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig, add_adalora
 from ronna.peft.changes import adapter_parameters
 from ronna.peft.houlsby import HoulsbyConfig, add_houlsby
 from ronna.peft.lora import LoraConfig, add_lora
+from ronna.peft.prefix import PrefixConfig, add_prefix
+from ronna.peft.prompt import PromptConfig, add_prompt, room
 
 NAME = "default"  # of the adapter that a run trains
 
@@ -25,7 +28,15 @@ class BitFitConfig(Config):
     kind: Literal["bitfit"] = "bitfit"
 
 
-PeftConfig = Annotated[LoraConfig | AdaLoraConfig | HoulsbyConfig | BitFitConfig, Field(discriminator="kind")]
+PeftConfig = Annotated[
+    LoraConfig | AdaLoraConfig | HoulsbyConfig | BitFitConfig | PromptConfig | PrefixConfig,
+    Field(discriminator="kind"),
+]
+
+
+def longest_text(cfg: Model, config: PeftConfig | None) -> int | None:
+    """The most tokens that a text may have beside the virtual ones of a method, or None where nothing says."""
+    return room(cfg.max_length, config.tokens if isinstance(config, PromptConfig | PrefixConfig) else 0)
 
 
 def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = NAME) -> None:
@@ -40,6 +51,10 @@ def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = 
             add_adalora(model, config, name, seed)
         case HoulsbyConfig():
             add_houlsby(model, config, name, seed)
+        case PromptConfig():
+            add_prompt(model, config, name, seed)
+        case PrefixConfig():
+            add_prefix(model, config, name, seed)
     learning = {id(p) for _, p in adapter_parameters(model, name)}
     learning |= {id(p) for p in alongside(model, config)}
     for parameter in model.parameters():
@@ -75,7 +90,7 @@ def freeze_to(model: Transformer, dtype: torch.dtype) -> None:
 
     Where the embedding's norm learns, it reads what the tables give, and those stay as they are.
     """
-    whole = {id(p) for p in model.embedding.parameters()} if learns(model.embedding) else set()
+    whole = {id(p) for p in model.embedding.parameters()} if learns(model.embedding.norm) else set()
     for parameter in model.parameters():
         if not parameter.requires_grad and id(parameter) not in whole:
             parameter.data = parameter.data.to(dtype)

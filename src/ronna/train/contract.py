@@ -83,7 +83,7 @@ def ids_in_vocabulary(model: Transformer, samples: list[Sample]) -> Check:
 
 
 def lengths_fit(model: Transformer, samples: list[Sample]) -> Check:
-    limit = model.cfg.max_length
+    limit = model.max_length
     longest = max(max(len(s.tokens), 0 if s.source is None else len(s.source)) for s in samples)
     ok = limit is None or longest <= limit
     return Check(

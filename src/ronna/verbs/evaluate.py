@@ -87,7 +87,7 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
     model = loaded.model.to(place, dtype).eval()
     model.compute = dtype
     length = length or min(tokenizer.max_length or LENGTH, LENGTH)
-    length = length if model.cfg.max_length is None else min(length, model.cfg.max_length)
+    length = length if model.max_length is None else min(length, model.max_length)
     task = None
     if model.classifier is not None and model.head is None:
         task = task_of(model.classifier.cfg).restore(loaded.config, tokenizer, length)
