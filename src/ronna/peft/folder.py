@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
-from ronna.model.families import Family, Weight, locate
+from ronna.model.families import OWN, Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
@@ -139,7 +139,7 @@ def as_peft(
         "bias": "none",
         "fan_in_fan_out": any(p.weight.transpose for some in known.values() for p in some),
         "target_modules": targets,
-        "modules_to_save": sorted({saved_module(theirs) for theirs in beside.values()}) or None,
+        "modules_to_save": sorted({saved_module(theirs) for ours, theirs in beside.items() if ours not in OWN}) or None,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
