@@ -117,6 +117,7 @@ def settings() -> list[tuple[Family, str, str, Any]]:
         for key, field in keys.model_fields.items()
         if key not in ALONE and not (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1)
         if (key, kind) not in {("layer_types", "qwen2"), ("layer_types", "qwen3"), ("attention_bias", "qwen2")}
+        if family.classifier or key != "tag_transitions"
     ]
 
 

@@ -17,7 +17,7 @@ from ronna.model.folder import load_folder
 from ronna.objectives.base import Sample, collate
 from ronna.tasks.base import read_rows
 from ronna.tasks.schema import Columns
-from ronna.tasks.tag import Tag, TagConfig, windows
+from ronna.tasks.tag import Tag, TagConfig, WordScores, windows
 from ronna.tasks.tags import Span, tag_names
 from ronna.tasks.words import joined, read_sentence, words_of
 from ronna.text.tokenizer import load_tokenizer
@@ -194,7 +194,7 @@ def test_scores_are_those_of_each_words_first_token(tiny_bert):
     model, own = tagger(tiny_bert), task(tiny_bert, length=64)
     texts = ["the film xyzzy was good", "good", "\u200b bad"]
     rows = own.rows(texts, None)
-    scores = own.infer(model, own.encode(rows))
+    scores = own.infer(model, own.encode(rows)).words
     assert [len(s) for s in scores] == [5, 1, 2]
     tokenizer = load_tokenizer(tiny_bert)
     [whole] = tokenizer.encode_with_offsets(texts[:1])
@@ -210,13 +210,13 @@ def test_answers_say_where_entities_stand(tiny_bert):
     sure[[0, 1, 2], [3, 4, 0]] = -0.1  # B-PER I-PER O
     [by_text], [by_words] = own.rows(["Phil S won"], None), own.rows([["Phil", "S", "won"]], None)
     said = {"type": "PER", "text": "Phil S", "probability": pytest.approx(np.exp(-0.1), abs=1e-6)}
-    assert own.decode([by_text], [], [sure]) == [{"entities": [said | {"start": 0, "end": 6}]}]
-    assert own.decode([by_words], [], [sure]) == [
+    assert own.decode([by_text], [], WordScores([sure])) == [{"entities": [said | {"start": 0, "end": 6}]}]
+    assert own.decode([by_words], [], WordScores([sure])) == [
         {"entities": [said | {"words": [0, 2]}], "tags": ["B-PER", "I-PER", "O"]}
     ]
     illegal = np.full((1, 5), -10.0, np.float32)
     illegal[0, 4] = -0.1  # I-PER alone
-    assert own.decode(own.rows([["Phil"]], None), [], [illegal])[0]["tags"] != ["I-PER"]
+    assert own.decode(own.rows([["Phil"]], None), [], WordScores([illegal]))[0]["tags"] != ["I-PER"]
 
 
 def test_the_loss_is_a_cross_entropy_over_words(tiny_bert):

@@ -240,10 +240,13 @@ class Classifier:
     dense_dropout: float = 0.0  # on what the dense layer reads
     dropout: float = 0.0  # on what the scores are made of
     of: Unit = "sequence"
+    transitions: bool = False  # of tokens: also how well the labels of neighbours go together, for a task to add up
 
     def params(self, dim: int) -> int:
         dense = dim * dim + dim * self.dense_bias if self.dense else 0
-        return dense + (self.norm.params(dim) if self.norm else 0) + self.labels * (self.states * dim + self.bias)
+        pairs = (self.labels + 2) * self.transitions
+        row = self.states * dim + self.bias + pairs
+        return dense + (self.norm.params(dim) if self.norm else 0) + self.labels * row
 
     @property
     def states(self) -> int:

@@ -28,8 +28,11 @@ from ronna.model.transformer import Transformer
 # Architectures whose folders hold a vocabulary head even where it has no weights of its own.
 LANGUAGE_MODEL = re.compile(r"LM|Generation|PreTraining|MTModel")
 # What another program wrote about its own file and would be wrong about ours.
-STALE = {"_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels"}
+STALE = {
+    "_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels", "tag_transitions"
+}  # fmt: skip
 LABELS = {"id2label", "label2id", "problem_type"}
+BY_LABEL = ("classifier.out.", "classifier.transitions")  # parameters whose shape is the number of labels
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Stored:
             full = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", full)
             if family.spans_prefix and full.startswith(family.spans_prefix):
                 full = prefix + full.removeprefix(family.spans_prefix)
-            elif bare and not re.match(family.heads, full):
+            elif bare and not family.in_head(full):
                 full = prefix + full
             if not re.match(family.ignored, full):
                 self.keys[full] = key
@@ -152,7 +155,7 @@ class Stored:
             in_head = name.startswith(("head.", "classifier."))
             if weight.name not in self.keys:
                 fresh.add(name) if in_head else absent.append(weight.name)
-            elif name.startswith("classifier.out.") and self.files.shape(self.keys[weight.name]) != parameter.shape:
+            elif name.startswith(BY_LABEL) and self.files.shape(self.keys[weight.name]) != parameter.shape:
                 fresh.add(name)
                 replaced.append(weight.name)
             else:
@@ -161,7 +164,7 @@ class Stored:
         if absent:
             raise RonnaError(f"weights are missing: {listed(absent)}", where=self.where, fix="get the whole folder")
         extra = sorted(self.keys.keys() - {w.name for w in places.values()} - set(replaced))
-        unknown = [key for key in extra if not re.match(self.family.heads, key)]
+        unknown = [key for key in extra if not self.family.in_head(key)]
         if unknown:
             raise RonnaError(
                 f"weights that no part of this {self.family.name} model has: {listed(unknown)}",

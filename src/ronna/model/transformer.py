@@ -193,7 +193,11 @@ def pooled(x: Tensor, sequences: Sequences, pool: c.Pool) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Hidden states, those at `reads`, to scores: (B, labels) of sequences or pairs, (M, labels) of tokens."""
+    """Hidden states, those at `reads`, to scores: (B, labels) of sequences or pairs, (M, labels) of tokens.
+
+    `transitions` (labels + 2, labels), where it has them: from the label of the row to that of the column; in the last
+    two rows of beginning and of ending with it. They are not in the scores.
+    """
 
     def __init__(self, cfg: c.Classifier, dim: int):
         super().__init__()
@@ -201,6 +205,7 @@ class Classifier(nn.Module):
         self.dense = Linear(dim, dim, bias=cfg.dense_bias) if cfg.dense else None
         self.norm = make_norm(cfg.norm, dim)
         self.out = Linear(cfg.states * dim, cfg.labels, bias=cfg.bias)
+        self.transitions = nn.Parameter(torch.zeros(cfg.labels + 2, cfg.labels)) if cfg.transitions else None
 
     def reads(self, sequences: Sequences, at: Tensor | None) -> Tensor | None:
         """Places whose states the scores are made of: the tokens `at`, or what is pooled; None: all."""

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
-from ronna.model.families import Family, Weight, locate
+from ronna.model.families import OWN, Family, Weight, locate
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
@@ -182,7 +182,7 @@ def kept_whole(
     beside = {
         name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
     }
-    modules = sorted({saved_module(theirs) for theirs in beside.values()}) or None
+    modules = sorted({saved_module(theirs) for ours, theirs in beside.items() if ours not in OWN}) or None
     return {prefix + theirs: state[ours] for ours, theirs in beside.items()}, modules
 
 

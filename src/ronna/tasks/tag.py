@@ -4,7 +4,7 @@ Legend: W words, K tags, M words of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -18,9 +18,11 @@ from ronna.base.errors import RonnaError
 from ronna.data.sources import Record
 from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, label_names
+from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.base import Task, like_lengths
+from ronna.tasks.crf import Chains, Steps, batched, marginals, negative_log_likelihood
 from ronna.tasks.metrics import Scores, span_scores
 from ronna.tasks.schema import Columns, Usual, find_columns
 from ronna.tasks.tags import Rules, Scheme, Span, best_tags, rules_of, spans_of, tag_names, tags_of
@@ -38,6 +40,7 @@ class TagConfig(Config):
     kind: Literal["tag"] = "tag"
     scheme: Scheme = "bio"  # the tags that are learnt; data may have others
     truncation: Literal["window", "refuse"] = "window"  # of sentences longer than train.length
+    crf: bool = False  # learn which tags follow which, and score a sentence's tags as a whole
 
 
 class Piece(NamedTuple):
@@ -51,8 +54,20 @@ class Piece(NamedTuple):
 class Example(NamedTuple):
     pieces: list[Piece]
     words: int  # W; a word without a token is in no piece
-    target: np.ndarray | None  # (W,) tag ids
+    target: np.ndarray | None  # (W,) tag ids; those of the words with tokens are a legal sequence
     spans: tuple[Span, ...] | None
+
+    @property
+    def seen(self) -> np.ndarray:
+        """The words with tokens, in order."""
+        return np.concatenate([p.words for p in self.pieces]) if self.pieces else np.zeros(0, np.int64)
+
+
+class WordScores(NamedTuple):
+    """What the model says of N sentences."""
+
+    words: list[np.ndarray]  # log probabilities (W, K) of each, zeros for a word without a token
+    transitions: np.ndarray | None = None  # (K + 2, K) of a conditional random field
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ class Tag(Task):
         except ValueError as error:
             fix = "give a folder whose id2label has BIO, BIOES, BMES or BILOU tags"
             raise RonnaError(str(error), where="config.json: id2label", fix=fix) from None
-        return cls(TagConfig(), tokenizer, labels, length)
+        return cls(TagConfig(crf=bool(config.get("tag_transitions"))), tokenizer, labels, length)
 
     @property
     def score_names(self) -> list[str]:
@@ -114,7 +129,7 @@ class Tag(Task):
         return rules_of(self.labels)
 
     def classifier(self, family: Family, model: Model) -> Classifier:
-        return classifier_for(family, model, len(self.labels), "tokens")
+        return replace(classifier_for(family, model, len(self.labels), "tokens"), transitions=self.config.crf)
 
     def rows(self, texts: Sequence[str | Sequence[str]], pairs: Sequence[str] | None) -> list[Sentence]:
         if pairs is not None:
@@ -158,6 +173,11 @@ class Tag(Task):
         target = None
         if row.label is not None:
             tags = tags_of(row.label, len(row.words), self.scheme)
+            seen = np.unique(tokens.word)
+            if len(seen) < len(tags):  # an entity then begins and ends at words that the model sees
+                kept = tags_of(spans_of([tags[i] for i in seen])[0], len(seen), self.scheme)
+                legal = dict(zip(seen.tolist(), kept, strict=True))
+                tags = [legal.get(i, "O") for i in range(len(tags))]
             known = {label: i for i, label in enumerate(self.labels)}
             if known.keys() >= set(tags):  # not so where a folder brings labels of a scheme of its own
                 target = np.array([known[tag] for tag in tags], dtype=np.int64)
@@ -178,7 +198,11 @@ class Tag(Task):
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
         assert item.target is not None
-        return [Sample(p.tokens, predict=p.places, labels=item.target[p.words]) for p in item.pieces]
+        samples = [Sample(p.tokens, predict=p.places, labels=item.target[p.words]) for p in item.pieces]
+        if self.config.crf:
+            for i, sample in enumerate(samples):  # whether the sentence begins in it, and ends
+                sample.target = (i == 0, i == len(samples) - 1)
+        return samples
 
     # Loss, scores, answers
 
@@ -191,11 +215,15 @@ class Tag(Task):
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         assert batch.labels is not None
-        return Loss({"tag": F.cross_entropy(self.scores(model, batch), batch.labels, reduction="sum")})
+        scores = self.scores(model, batch)
+        transitions = None if model.classifier is None else model.classifier.transitions
+        if transitions is None or not len(scores):
+            return Loss({"tag": F.cross_entropy(scores, batch.labels, reduction="sum")})
+        steps = Steps.of(transitions, self.rules)
+        return Loss({"tag": negative_log_likelihood(scores, batch.labels, chains(batch), steps).sum()})
 
     @torch.inference_mode()
-    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> list[np.ndarray]:
-        """Log probabilities (W, K) of each example, zeros for a word without a token."""
+    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> WordScores:
         model.eval()
         scores = [np.zeros((e.words, len(self.labels)), np.float32) for e in examples]
         pieces = [(i, piece) for i, e in enumerate(examples) for piece in e.pieces]
@@ -206,23 +234,43 @@ class Tag(Task):
             ends = np.cumsum([len(p.places) for _, p in some])
             for (i, p), rows in zip(some, np.split(found, ends[:-1]), strict=True):
                 scores[i][p.words] = rows
-        return scores
+        transitions = None if model.classifier is None else model.classifier.transitions
+        return WordScores(scores, None if transitions is None else transitions.float().cpu().numpy())
 
-    def mean_loss(self, examples: Sequence[Example], scores: Sequence[np.ndarray]) -> float:
-        total = sum(s[np.arange(len(s)), e.target].sum() for e, s in zip(examples, scores, strict=True))
-        return -float(total) / max(1, sum(e.words for e in examples))
+    def mean_loss(self, examples: Sequence[Example], scores: WordScores) -> float:
+        words = max(1, sum(e.words for e in examples))
+        if scores.transitions is None:
+            found = zip(examples, scores.words, strict=True)
+            return -float(sum(s[np.arange(len(s)), e.target].sum() for e, s in found)) / words
+        seen = [e.seen for e in examples]
+        total = 0.0
+        for some, rows, of in batched([s[w] for s, w in zip(scores.words, seen, strict=True)]):
+            tags = np.concatenate([examples[i].target[seen[i]] for i in some])  # type: ignore[index]
+            steps = Steps.of(torch.from_numpy(scores.transitions), self.rules)
+            total += float(negative_log_likelihood(rows, torch.from_numpy(tags), of, steps).sum())
+        return total / words
 
-    def measure(self, examples: Sequence[Example], scores: Sequence[np.ndarray]) -> Scores:
-        paths = best_tags(scores, self.rules)
+    def sure(self, scores: WordScores) -> list[np.ndarray]:
+        """The log probability of each tag at each word (W, K)."""
+        found = list(scores.words)
+        if scores.transitions is not None:
+            steps = Steps.of(torch.from_numpy(scores.transitions), self.rules)
+            for some, rows, of in batched(found):
+                p = marginals(rows, of, steps).clamp_min(torch.finfo(torch.float32).tiny).log()
+                for i, own in zip(some, p.split(of.words.lengths.tolist()), strict=True):
+                    found[i] = own.numpy()
+        return found
+
+    def measure(self, examples: Sequence[Example], scores: WordScores) -> Scores:
+        paths = best_tags(scores.words, self.rules, scores.transitions)
         found = [spans_of([self.labels[i] for i in path])[0] for path in paths]
         return span_scores([e.spans or () for e in examples], found, self.types)
 
-    def decode(
-        self, rows: Sequence[Sentence], examples: Sequence[Example], scores: Sequence[np.ndarray]
-    ) -> list[dict[str, Any]]:
+    def decode(self, rows: Sequence[Sentence], examples: Sequence[Example], scores: WordScores) -> list[dict[str, Any]]:
         """The entities: by characters of a text, or by words where words were given, then with all tags too."""
         answers = []
-        for row, s, path in zip(rows, scores, best_tags(scores, self.rules), strict=True):
+        paths = best_tags(scores.words, self.rules, scores.transitions)
+        for row, s, path in zip(rows, self.sure(scores), paths, strict=True):
             tags = [self.labels[i] for i in path]
             sure = s[np.arange(len(path)), path]
             entities = [self.entity(row, span, sure) for span in spans_of(tags)[0]]
@@ -235,6 +283,13 @@ class Tag(Task):
         place = {"words": [span.start, span.end]} if row.given else {"start": start, "end": end}
         probability = round(float(np.exp(sure[span.start : span.end].mean())), 6)
         return {"type": span.type, "text": row.text[start:end], **place, "probability": probability}
+
+
+def chains(batch: Batch) -> Chains:
+    """The words of a batch by its sentences and windows; a window may have none."""
+    assert batch.predict is not None and batch.targets is not None
+    lengths = torch.bincount(batch.sequences.owner[batch.predict], minlength=len(batch.sequences)).cpu()
+    return Chains(Sequences(lengths[lengths > 0], device=batch.predict.device), batch.targets[lengths > 0])
 
 
 def windows(first: np.ndarray, tokens: int, room: int) -> Iterator[tuple[int, int, slice]]:

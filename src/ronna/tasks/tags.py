@@ -118,35 +118,40 @@ def rules_of(tags: Sequence[str]) -> Rules:
     )
 
 
-def best_tags(scores: Sequence[np.ndarray], rules: Rules, batch: int = 256) -> list[np.ndarray]:
+def best_tags(
+    scores: Sequence[np.ndarray], rules: Rules, transitions: np.ndarray | None = None, batch: int = 256
+) -> list[np.ndarray]:
     """The legal sequence of the highest sum for each of N sentences' scores (W, K): Viterbi's algorithm.
 
-    scores: log probabilities, or any numbers to add up. Returns N arrays (W,) of tag ids.
+    scores: log probabilities, or any numbers to add up. transitions: (K + 2, K) further ones, from the tag of the row
+    to that of the column, then of beginning and of ending with it. Returns N arrays (W,) of tag ids.
     """
+    if transitions is None:
+        transitions = np.zeros((len(rules.first) + 2, len(rules.first)), np.float32)
     found: list[np.ndarray] = [np.zeros(0, np.int64)] * len(scores)
     order = sorted((i for i in range(len(scores)) if len(scores[i])), key=lambda i: len(scores[i]))
     for at in range(0, len(order), batch):
         some = order[at : at + batch]
-        for i, path in zip(some, _viterbi([scores[i] for i in some], rules), strict=True):
+        for i, path in zip(some, _viterbi([scores[i] for i in some], rules, transitions), strict=True):
             found[i] = path
     return found
 
 
-def _viterbi(scores: Sequence[np.ndarray], rules: Rules) -> list[np.ndarray]:
+def _viterbi(scores: Sequence[np.ndarray], rules: Rules, transitions: np.ndarray) -> list[np.ndarray]:
     lengths = np.array([len(s) for s in scores])
     padded = np.zeros((len(scores), lengths.max(), scores[0].shape[1]), np.float32)
     for row, s in zip(padded, scores, strict=True):
         row[: len(s)] = s
-    barred = np.where(rules.follow, np.float32(0), IMPOSSIBLE)
-    best = padded[:, 0] + np.where(rules.first, np.float32(0), IMPOSSIBLE)
+    follow = np.where(rules.follow, transitions[:-2], IMPOSSIBLE)
+    best = padded[:, 0] + np.where(rules.first, transitions[-2], IMPOSSIBLE)
     came = np.zeros(padded.shape, np.int64)
     ended = best.copy()  # the scores at each sentence's last word
     for t in range(1, padded.shape[1]):
-        through = best[:, :, None] + barred  # (N, from, to)
+        through = best[:, :, None] + follow  # (N, from, to)
         came[:, t] = through.argmax(1)
         best = through.max(1) + padded[:, t]
         ended[lengths == t + 1] = best[lengths == t + 1]
-    ended = ended + np.where(rules.last, np.float32(0), IMPOSSIBLE)
+    ended = ended + np.where(rules.last, transitions[-1], IMPOSSIBLE)
     paths = []
     for n, length in enumerate(lengths):
         path = np.empty(length, np.int64)

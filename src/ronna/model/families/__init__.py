@@ -9,7 +9,7 @@ from typing import Any
 
 from ronna.base.errors import RonnaError
 from ronna.model.config import Classifier, Model, Unit
-from ronna.model.families.base import Family, Weight, label_maps, label_names, locate
+from ronna.model.families.base import OWN, Family, Weight, label_maps, label_names, locate
 from ronna.model.families.bert import BERT
 from ronna.model.families.gpt2 import GPT2
 from ronna.model.families.llama import LLAMA
@@ -20,6 +20,7 @@ from ronna.model.families.transformer2017 import TRANSFORMER2017
 
 __all__ = [
     "FAMILIES",
+    "OWN",
     "PRESETS",
     "Family",
     "Weight",

@@ -1,5 +1,6 @@
 """What a family is: settings of its config.json, names of its weights, its usual sizes. No torch here."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
@@ -55,6 +56,7 @@ class Settings(BaseModel):
     architectures: tuple[str, ...] = ()
     id2label: dict[str, Any] | None = None
     num_labels: Count | None = None
+    tag_transitions: bool = False  # ours: whether a classifier of tokens has them
 
     @property
     def unit(self) -> Unit | None:
@@ -68,6 +70,10 @@ class Settings(BaseModel):
     def labels(self) -> int:
         """How many scores a classifier gives."""
         return len(self.id2label) if self.id2label else self.num_labels or 2
+
+    def with_transitions(self, classifier: Classifier) -> Classifier:
+        """The family's classifier with the transitions that the folder says it has."""
+        return replace(classifier, transitions=self.tag_transitions and self.unit == "tokens")
 
 
 S = TypeVar("S", bound=Settings)
@@ -150,10 +156,14 @@ class Weight:
     row: bool = False
 
 
+# Parts of ours that no published family has; transformers passes them over.
+OWN = {"classifier.transitions": Weight("crf.transitions")}
+
+
 def locate(names: Mapping[str, Weight], parameter: str) -> Weight:
     """The place of a parameter, given `Family.names`: its own entry, or that of its module."""
-    if parameter in names:
-        return names[parameter]
+    if found := OWN.get(parameter) or names.get(parameter):
+        return found
     module, _, leaf = parameter.rpartition(".")
     if module not in names:
         raise RonnaError(f"this family has no place for {parameter}", fix="leave that part out of the model")
@@ -209,6 +219,10 @@ class Family:
             return self.spans_prefix + name.removeprefix(self.prefix)
         return name
 
+    def in_head(self, key: str) -> bool:
+        """Whether a key of a file belongs to some head."""
+        return bool(re.match(self.heads, key)) or any(key == weight.name for weight in OWN.values())
+
     @property
     def model_types(self) -> tuple[str, ...]:
         return tuple(self.settings)
@@ -245,7 +259,7 @@ def with_decoder_classifier(model: Model, h: Settings, dropout: float) -> Model:
     """The model with the classifier that the folder's architecture has, if any; dropout is for tokens and pairs."""
     if h.unit is None:
         return model
-    classifier = decoder_classifier(model, h.labels, h.unit)
+    classifier = h.with_transitions(decoder_classifier(model, h.labels, h.unit))
     return replace(model, classifier=replace(classifier, dropout=dropout if h.unit in ("tokens", "pair") else 0.0))
 
 
@@ -256,9 +270,12 @@ def architecture(model: Model, stem: str, lm: str) -> list[str]:
     return [stem + (lm if model.head else "Model")]
 
 
-def generic_labels(model: Model) -> dict[str, Any]:
-    """id2label and label2id as transformers makes them up; `save_folder` puts real names."""
-    return label_maps([f"LABEL_{i}" for i in range(model.classifier.labels)]) if model.classifier else {}
+def classifier_keys(model: Model) -> dict[str, Any]:
+    """id2label and label2id as transformers makes them up, `save_folder` puts real names; and what is ours."""
+    if model.classifier is None:
+        return {}
+    own = {"tag_transitions": True} if model.classifier.transitions else {}
+    return label_maps([f"LABEL_{i}" for i in range(model.classifier.labels)]) | own
 
 
 def label_names(config: Mapping[str, Any]) -> list[str]:

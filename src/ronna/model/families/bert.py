@@ -18,7 +18,7 @@ from ronna.model.families.base import (
     Settings,
     Weight,
     architecture,
-    generic_labels,
+    classifier_keys,
     head_size,
     hub_activation,
     layered,
@@ -75,7 +75,7 @@ def with_classifier(model: c.Model, h: BertSettings) -> c.Model:
     if h.unit is None:
         return model
     rate = h.hidden_dropout_prob if h.classifier_dropout is None else h.classifier_dropout
-    made = classifier(model, h.labels, h.unit)
+    made = h.with_transitions(classifier(model, h.labels, h.unit))
     return replace(model, classifier=made if h.unit == "spans" else replace(made, dropout=rate))
 
 
@@ -114,7 +114,7 @@ def body_to_hf(model: c.Model) -> dict[str, Any]:
         "initializer_range": model.init.std,
         "layer_norm_eps": block.norm.eps,
         "classifier_dropout": model.classifier.dropout if model.classifier else None,
-        **generic_labels(model),
+        **classifier_keys(model),
     }
 
 

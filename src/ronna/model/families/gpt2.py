@@ -16,8 +16,8 @@ from ronna.model.families.base import (
     Settings,
     Weight,
     architecture,
+    classifier_keys,
     decoder_classifier,
-    generic_labels,
     head_size,
     hub_activation,
     layered,
@@ -94,7 +94,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
         "scale_attn_weights": block.attention.scale is None,
         "tie_word_embeddings": model.head.tied if model.head else True,
         "classifier_dropout": model.classifier.dropout if model.classifier else 0.1,
-        **generic_labels(model),
+        **classifier_keys(model),
     }
 
 

@@ -18,8 +18,8 @@ from ronna.model.families.base import (
     Settings,
     Weight,
     architecture,
+    classifier_keys,
     decoder_classifier,
-    generic_labels,
     head_size,
     hub_activation,
     layered,
@@ -161,7 +161,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
         "attention_dropout": attention.dropout,
         "mlp_bias": block.ffn.bias,
         "classifier_dropout": model.classifier.dropout if model.classifier else 0.0,
-        **generic_labels(model),
+        **classifier_keys(model),
     }
     if model.context:
         config["max_position_embeddings"] = model.context

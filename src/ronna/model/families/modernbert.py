@@ -17,7 +17,7 @@ from ronna.model.families.base import (
     Settings,
     Weight,
     architecture,
-    generic_labels,
+    classifier_keys,
     head_size,
     hub_activation,
     layered,
@@ -120,7 +120,8 @@ def from_hf(config: Mapping[str, Any]) -> c.Model:
     )
     if h.unit is None:
         return model
-    return replace(model, classifier=replace(classifier(model, h.labels, h.unit), dropout=h.classifier_dropout))
+    made = h.with_transitions(classifier(model, h.labels, h.unit))
+    return replace(model, classifier=replace(made, dropout=h.classifier_dropout))
 
 
 def attention_keys(stack: c.Stack) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def to_hf(model: c.Model) -> dict[str, Any]:
         # The class's default ids belong to its own tokenizer and need not exist in this vocabulary.
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
         **attention_keys(stack),
-        **generic_labels(model),
+        **classifier_keys(model),
     }
     return config | ({"max_position_embeddings": model.context} if model.context else {})
 
