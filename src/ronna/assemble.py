@@ -251,9 +251,6 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type, parts.folder_keys = task.score_names, task.problem_type, task.folder_keys
     parts.folder_files = task.folder_files(cfg)
-    if run.train.micro_batch and task.whole_batch:
-        fix = "leave it out, and lower train.batch where memory is short"
-        raise RonnaError(f"the loss of {task.kind} is of a whole batch", where="train.micro_batch", fix=fix)
     if run.peft is not None:
         train_adapter(run.peft, run, parts, folder)
     parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))

@@ -39,7 +39,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]  # as a run file calls it
-    whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole, which may then not be cut
+    whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole: see `objectives.base.WholeBatch`
     writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
 
     # From records to rows

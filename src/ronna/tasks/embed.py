@@ -107,7 +107,7 @@ class Embed(Task):
 
     kind = "embed"
     monitor = "spearman"
-    whole_batch = True  # the loss is of all texts of a batch together: it may not be cut into micro-batches
+    whole_batch = True
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Group:
@@ -189,6 +189,9 @@ class Embed(Task):
         return examples
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
+        """Of the texts; none of an anchor that has no positive, which the loss has no place for."""
+        if POSITIVE not in item.roles:
+            return []
         score = np.nan if item.score is None else item.score
         return [
             Sample(tokens, target=np.array([role, item.group, score]))
@@ -206,8 +209,11 @@ class Embed(Task):
         return F.normalize(model.pooled(batch.tokens, batch.sequences, self.config.pool).float(), dim=-1)
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
-        assert batch.targets is not None
-        vectors, (roles, groups, scores) = self.vectors(model, batch), batch.targets.T
+        return self.loss_of(self.vectors(model, batch), [batch])
+
+    def loss_of(self, vectors: Tensor, batches: Sequence[Batch]) -> Loss:
+        """Every anchor against the positives and negatives of all batches, or all their pairs by order."""
+        roles, groups, scores = torch.cat([b.targets for b in batches if b.targets is not None]).T
         anchors, positives = vectors[roles == ANCHOR], vectors[roles == POSITIVE]
         if not scores[0].isnan():
             near = (anchors * positives).sum(-1) / self.config.temperature
