@@ -133,6 +133,13 @@ MUTANTS = [
         "tests/tasks/test_embed.py::test_the_gradient_in_micro_batches_is_that_of_the_whole_batch[triples]",
     ),
     Mutant(
+        "held-out rows dropped",
+        "tasks/truncation.py",
+        'drops = policy == "drop" and training',
+        'drops = policy == "drop"',
+        "tests/tasks/test_truncation.py::test_what_is_done_to_long_rows_is_counted_by_split[classify-drop]",
+    ),
+    Mutant(
         "masks not seeded by the position",
         "train/feed.py",
         "self.objective.samples(self.data[index], sample_rng(self.seed, position))",

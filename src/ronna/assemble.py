@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -235,12 +236,17 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     examples: dict[str, list[Any]] = {}
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
-        examples[name] = task.encode(some, account)
+        done: dict[str, int] = {}
+        examples[name] = task.encode(some, done, training=name == "train")
+        account["splits"].setdefault(name, {}).update(done)
+    account |= account["splits"]["train"]
     hashes = {
         "data": hash_files([p for paths in splits.values() for p in paths]),
         "tokenizer": tokenizer.hash,
     }
     samples = [task.samples(e, sample_rng(0, 0)) for e in examples["train"]]
+    examples["train"] = list(compress(examples["train"], samples))
+    samples = list(filter(None, samples))
     tokens = [[t for s in some for t in (s.tokens, s.source) if t is not None] for some in samples]
     if not any(tokens):
         fix = "look at the rows with `ronna data inspect`, or raise train.length"

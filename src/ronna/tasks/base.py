@@ -131,7 +131,11 @@ class Task(ABC):
         the loss."""
 
     @abstractmethod
-    def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
+    def encode(
+        self, rows: Sequence[Any], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Any]:
+        """Examples in the order of the rows. What is done about those over the length is counted in `accounts`; only
+        of training rows some may be left out. Raises RonnaError where the user wants none over the length."""
 
     @abstractmethod
     def infer(self, model: Transformer, examples: Sequence[Any]) -> Any: ...
