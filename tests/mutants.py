@@ -107,8 +107,8 @@ MUTANTS = [
     Mutant(
         "divided per micro-batch",
         "train/loop.py",
-        "terms = [total / counts[term] for term, total in loss.sums.items() if counts[term]]",
-        "terms = [total / batch.counts[term] / len(batches) for term, total in loss.sums.items() if counts[term]]",
+        "backward(objective.loss(model, batch), totals)",
+        "backward(objective.loss(model, batch), Totals(totals.sums, batch.counts))",
         "tests/train/test_loop.py::test_accumulation_is_the_whole_batch[3]",
     ),
     Mutant(
@@ -117,6 +117,27 @@ MUTANTS = [
         "        torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)\n",
         "",
         "tests/test_resume.py::test_resuming_at_every_step_gives_the_same_weights[clm]",
+    ),
+    Mutant(
+        "other dropout in the second pass",
+        "train/loop.py",
+        "        torch.manual_seed(seed_for(seed, i))  # the same dropout both times\n",
+        "",
+        "tests/tasks/test_embed.py::test_both_passes_drop_the_same",
+    ),
+    Mutant(
+        "contrast within a micro-batch",
+        "train/loop.py",
+        "if len(batches) > 1 and of_whole_batch(objective):",
+        "if False:",
+        "tests/tasks/test_embed.py::test_the_gradient_in_micro_batches_is_that_of_the_whole_batch[triples]",
+    ),
+    Mutant(
+        "held-out rows dropped",
+        "tasks/truncation.py",
+        'drops = policy == "drop" and training',
+        'drops = policy == "drop"',
+        "tests/tasks/test_truncation.py::test_what_is_done_to_long_rows_is_counted_by_split[classify-drop]",
     ),
     Mutant(
         "masks not seeded by the position",

@@ -125,6 +125,52 @@ def test_data_inspect_knows_the_task(task, tmp_path, capsys):
     assert (f"--task {task} " in report["command"]) == (task != "classify")
 
 
+TO_TEXT = {
+    "a summary": ({"text": "a b c", "summary": "a", "topic": "x"}, "", ("text", "summary")),
+    "in and out": ({"source": "a b", "target": "c"}, "", ("source", "target")),
+    "two languages": ({"en": "a", "de": "b"}, "", ("en", "de")),
+    "the other way": ({"en": "a", "zh-CN": "b", "id": "7"}, "--label en", ("zh-CN", "en")),
+    "nested": ({"id": 3, "translation": {"german": "a", "english": "b"}}, "--text english", ("english", "german")),
+    "three languages": ({"en": "a", "de": "b", "fr": "c"}, "--text fr --label de", ("fr", "de")),
+}
+OTHERS = {
+    "a summary beside classes": ({"text": "a", "summary": "b", "label": 1}, "", "classify"),
+    "another label": ({"text": "a", "summary": "b", "topic": "x"}, "--label topic", "classify"),
+    "numbers": ({"source": "a", "target": 3}, "", "classify"),
+    "an instruction": ({"instruction": "a", "input": "b", "output": "c", "label": "d"}, "--text output", "classify"),
+    "a question": ({"question": "a", "context": "b", "answers": [], "summary": "c"}, "", "span_qa"),
+}
+
+
+def inspected(tmp_path, capsys, row, flags: str) -> tuple[dict, str]:
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["data", "inspect", str(tmp_path), "--json", *flags.split()]) == 0
+    report = json.loads(capsys.readouterr().out)
+    return report["train"], report["command"]
+
+
+@pytest.mark.parametrize("case", TO_TEXT)
+def test_data_inspect_knows_texts_that_are_made_of_others(case, tiny_t5, tmp_path, capsys):
+    row, flags, (text, label) = TO_TEXT[case]
+    report, command = inspected(tmp_path, capsys, row, f"{flags} --tokenizer {tiny_t5}")
+    assert report["task"] == "seq2seq" and report["columns"] == {"text": text, "pair": None, "label": label}
+    assert report["problem"] == "text" and report["labels"]["characters p100"] == 1
+    assert report["target_tokens"]["p100"] >= 1
+    usual = (text, label) in (("text", "summary"), ("source", "target"))
+    assert (f"--text {text} --label {label} " in command) == (not usual) and "--task seq2seq " in command
+    words = command.split()[1:]
+    given = words[1 : words.index("--out")]  # what it says is taken as it stands
+    assert main(["finetune", *given, "--validation", f"{tmp_path}/train.jsonl", "--allow-overlap", "--epochs", "1",
+                 "--out", f"{tmp_path}/run"]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_data_inspect_does_not_take_every_text_for_one_to_write(case, tmp_path, capsys):
+    row, flags, task = OTHERS[case]
+    report, command = inspected(tmp_path, capsys, row, flags)
+    assert report.get("task", "classify") == task and "seq2seq" not in (command or "")
+
+
 def test_data_inspect_finds_bad_rows_and_runs_in_common(tmp_path, capsys):
     run = " ".join(f"word{i}" for i in range(20))
     for split, text in (("train", run), ("test", f"other words before {run[:100]}")):

@@ -68,7 +68,7 @@ def fields(**changes):
         "config_hash": "0123abcd",
         "train": {"steps": 40, "tokens": 5000, "seconds": 65.0, "tokens_per_second": 76.9, "packing": 0.9},
         "memory": {"peak_bytes": 3 * 2**30, "planned_bytes": 4 * 2**30},
-        "data": {"rows_in": 103, "kept": 100, "quarantined": 3, "truncated": 7},
+        "data": {"rows_in": 103, "kept": 100, "quarantined": 3, "cut": 7},
     } | changes
 
 
@@ -90,7 +90,7 @@ def test_report_json_has_what_is_promised(tmp_path):
     assert report["test"]["accuracy"].keys() == {"value", "low", "high"}
     assert report["train"].keys() == {"steps", "tokens", "seconds", "tokens_per_second", "packing"}
     assert report["memory"].keys() == {"peak_bytes", "planned_bytes"}
-    assert report["data"].keys() == {"rows_in", "kept", "quarantined", "truncated"}
+    assert report["data"].keys() == {"rows_in", "kept", "quarantined", "cut", "windowed", "dropped"}
     assert report["task"] == "classify" and report["config_hash"] == "0123abcd"
     assert {"python", "torch", "ronna"} <= report["versions"].keys()
     assert len(report["details"]["confusion"]) == 3
@@ -100,7 +100,7 @@ def test_page_shows_every_part(tmp_path):
     write_metrics(tmp_path)
     (tmp_path / "run.toml").write_text('verb = "finetune"\n')
     page = read(write_report(tmp_path, build_report(test=scores(), validation=scores(rows=30), **fields())))
-    words = "a run|test accuracy|95% interval|By class|weighted avg|Commonest errors|quarantined|truncated"
+    words = "a run|test accuracy|95% interval|By class|weighted avg|Commonest errors|quarantined|cut, of those kept"
     for word in [
         *words.split("|"),
         "3.00 GiB",

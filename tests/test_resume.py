@@ -224,6 +224,26 @@ def test_an_adapter_resumes_with_the_same_weights_from_the_adapter_alone(kind, t
         prepare_run(other, resume=True).execute()
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_contrastive_run_in_micro_batches_resumes_with_the_same_weights(adapted, tiny_bert, tmp_path):
+    words = "the film was good bad plot music story".split()
+    rows = [{"anchor": f"{words[i % 8]} {i}", "positive": f"a {words[i % 8]}", "negative": "dull"} for i in range(40)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"peft": {"kind": "adalora", "every": 1, "dropout": 0.1}} if adapted else {}
+    file = "adapter_model.safetensors" if adapted else "model.safetensors"
+
+    def run(name: str | int) -> FinetuneRun:
+        return tuning(tiny_bert, tmp_path / str(name), task={"kind": "embed"}, data={"train": str(data)}, **more)
+
+    prepare_run(run("whole")).execute()
+    wanted = (tmp_path / "whole" / "model" / file).read_bytes()
+    for k in (2, 5):
+        cut_at(prepare_run(run(k)), k)
+        prepare_run(run(k), resume=True).execute()
+        assert (tmp_path / str(k) / "model" / file).read_bytes() == wanted, f"cut at step {k}"
+
+
 def test_what_is_tested_at_the_end_is_what_the_folder_gives(tiny_bert, tmp_path):
     run = tuning(tiny_bert, tmp_path / "run")
     training = prepare_run(run.model_copy(update={"train": run.train.model_copy(update={"precision": "bf16"})}))

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +239,17 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     examples: dict[str, list[Any]] = {}
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
-        examples[name] = task.encode(some, account)
+        done: dict[str, int] = {}
+        examples[name] = task.encode(some, done, training=name == "train")
+        account["splits"].setdefault(name, {}).update(done)
+    account |= account["splits"]["train"]
     hashes = {
         "data": hash_files([p for paths in splits.values() for p in paths]),
         "tokenizer": tokenizer.hash,
     }
     samples = [task.samples(e, sample_rng(0, 0)) for e in examples["train"]]
+    examples["train"] = list(compress(examples["train"], samples))
+    samples = list(filter(None, samples))
     tokens = [[t for s in some for t in (s.tokens, s.source) if t is not None] for some in samples]
     if not any(tokens):
         fix = "look at the rows with `ronna data inspect`, or raise train.length"
@@ -256,9 +262,6 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
     parts.labels, parts.problem_type, parts.folder_keys = task.score_names, task.problem_type, task.folder_keys
     parts.folder_files = task.folder_files(cfg)
-    if run.train.micro_batch and task.whole_batch:
-        fix = "leave it out, and lower train.batch where memory is short"
-        raise RonnaError(f"the loss of {task.kind} is of a whole batch", where="train.micro_batch", fix=fix)
     if run.peft is not None:
         train_adapter(run.peft, run, parts, folder)
     parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))

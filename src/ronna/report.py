@@ -61,12 +61,15 @@ class Memory(Part):
 
 
 class Data(Part):
-    """Rows: every one that came in is kept or quarantined; a truncated one is also kept."""
+    """Rows: every one that came in is kept or quarantined. Of those kept, the ones too long are cut, windowed, or
+    dropped from the training data."""
 
     rows_in: int | None = None
     kept: int | None = None
     quarantined: int | None = None
-    truncated: int | None = None
+    cut: int | None = None
+    windowed: int | None = None
+    dropped: int | None = None
 
 
 class Details(Part):

@@ -80,8 +80,7 @@ class Training:
 
     def check(self) -> list[Check]:
         """The checks of `doctor`, on the first step's samples."""
-        first = self.feed.samples(0)
-        return check_start(self.parts.model, self.parts.objective, [s for micro in first for s in micro])
+        return check_start(self.parts.model, self.parts.objective, self.feed.samples(0))
 
     def execute(self) -> dict[str, Any]:
         """Train, test, save; returns the report. Raises Interrupted when asked to stop (everything is saved)."""

@@ -96,8 +96,8 @@ def test_what_is_cut_is_counted_or_refused(tiny_bert):
     account: dict[str, int] = {}
     rows = [Row("good " * 40, None, "good"), Row("bad", None, "bad")]
     examples = task(tiny_bert).encode(rows, account)
-    assert account["truncated"] == 1 and len(examples[0].tokens) == 16 and examples[1].target == 0
-    with pytest.raises(RonnaError, match="1 texts are longer than 16 tokens, the first is row 1"):
+    assert account == {"cut": 1} and len(examples[0].tokens) == 16 and examples[1].target == 0
+    with pytest.raises(RonnaError, match=r"1 rows are too long for 16 tokens .* the first is row 1"):
         task(tiny_bert, truncation="refuse").encode(rows)
 
 

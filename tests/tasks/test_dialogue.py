@@ -194,15 +194,17 @@ def test_the_oldest_turns_go_and_answers_are_never_cut(tiny_chat):
     short = len(task(tiny_chat).encode([Conversation((SYSTEM, ASKED, TOLD), True)])[0].sample.tokens) + 6
     account: dict[str, int] = {}
     cut = task(tiny_chat, length=short).encode([long], account)[0]
-    assert account == {"conversations cut": 1, "conversations too long to learn": 0}
+    assert account == {"cut": 1, "answers that do not fit": 0}
     assert learnt(task(tiny_chat), cut) == "the plot was bad<|im_end|>" and len(cut.sample.tokens) < short
     text = task(tiny_chat).tokenizer.decode(cut.sample.tokens, skip_special=False)
     assert text.startswith("<|im_start|>system\nalways fun") and whole.sample is not None
     lost = task(tiny_chat, length=16).encode([long], account := {})[0]
-    assert lost.sample is None and account["conversations too long to learn"] == 1
-    dropped = task(tiny_chat, length=short, truncation="drop").encode([long], account := {})[0]
-    assert dropped.sample is None and account == {"conversations cut": 0, "conversations too long to learn": 1}
-    with pytest.raises(RonnaError, match=r"tokens, train\.length is"):
+    assert lost.sample is None and account["answers that do not fit"] == 1
+    drops = task(tiny_chat, length=short, truncation="drop")
+    account = {}
+    assert drops.encode([long], account, training=True) == [] and account == {"dropped": 1}
+    assert drops.encode([long], account)[0].sample is not None and account["cut"] == 1
+    with pytest.raises(RonnaError, match="too long"):
         task(tiny_chat, length=short, truncation="refuse").encode([long])
 
 
@@ -245,7 +247,7 @@ def test_a_small_model_learns_to_answer_and_to_stop(tiny_chat, tmp_path, capsys)
     shown = capsys.readouterr().err
     assert "[[the plot was bad<|im_end|>]]" in shown and "[[was the film good" not in shown
     report = json.loads((tmp_path / "o" / "report.json").read_text())
-    assert report["test"]["perplexity"]["value"] < 1.1 and report["data"]["conversations cut"] == 0
+    assert report["test"]["perplexity"]["value"] < 1.1 and report["data"]["cut"] == 0
     folder = str(tmp_path / "o" / "model")
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"messages": m[:-1]}) for m in rows))
     out = tmp_path / "out.jsonl"

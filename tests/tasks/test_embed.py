@@ -2,20 +2,28 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from ronna.base.device import seed_for
 from ronna.base.errors import RonnaError
 from ronna.cli import main
 from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
+from ronna.model.families import read_config, with_dropout
 from ronna.model.folder import load_folder
-from ronna.objectives.base import collate
+from ronna.model.init import build
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Batch, Objective, Sample, Totals, collate
+from ronna.objectives.penalty import Penalised
 from ronna.tasks.embed import Embed, EmbedConfig, Group, by_order, retrieval
 from ronna.text.tokenizer import load_tokenizer
+from ronna.train.loop import gradients
 
 
 def task(folder: Path, length: int = 32, **config) -> Embed:
@@ -73,6 +81,14 @@ def test_a_contradiction_is_the_hard_negative_of_its_premise(tiny_bert):
     assert own.tokenizer.decode(example.texts[2]) == "bad"
 
 
+def test_an_anchor_alone_is_no_part_of_the_loss(tiny_bert):
+    own, model = task(tiny_bert), body(tiny_bert)
+    rows = [Group("good film", "good", None, None), Group("a plot", "the story", None, None)]
+    with_one = batch_of(own, [Group("dull", None, None, None), *rows])
+    assert with_one.counts == {"embed": 2}
+    torch.testing.assert_close(own.loss(model, with_one).sums, own.loss(model, batch_of(own, rows)).sums)
+
+
 def test_the_contrastive_loss_by_hand(tiny_bert):
     own, model = task(tiny_bert, temperature=0.1), body(tiny_bert)
     rows = [
@@ -107,7 +123,7 @@ def test_vectors_are_the_pooled_states_at_length_one(tiny_bert, pool):
     texts = ["the film was good", "bad"]
     vectors = [v[0] for v in own.infer(model, own.encode(own.rows(texts, None)))]
     for text, vector in zip(texts, vectors, strict=True):
-        batch = collate(own.bare, [s for e in own.encode(own.rows([text], None)) for s in own.samples(e, None)])
+        batch = collate(own.bare, [Sample(e.texts[0]) for e in own.encode(own.rows([text], None))])
         states = model.hidden(batch.tokens, batch.sequences).detach().numpy()
         state = {"mean": states.mean(0), "first": states[0], "last": states[-1]}[pool]
         np.testing.assert_allclose(vector, state / np.linalg.norm(state), atol=1e-5)
@@ -124,15 +140,142 @@ def test_retrieval_by_hand():
     assert found["ndcg_at_10"].tolist() == pytest.approx([(1 + 1 / np.log2(4)) / best, 1 / np.log2(3)])
 
 
-def test_nothing_to_learn_and_a_batch_in_pieces_are_refused(tiny_bert, tmp_path, capsys):
+def test_nothing_to_learn_is_refused(tiny_bert):
     with pytest.raises(RonnaError, match="no two texts"):
         Embed.learn(EmbedConfig(), [Group("a", None, "b", None)], load_tokenizer(tiny_bert), 16)
-    (tmp_path / "train.jsonl").write_text(
-        "\n".join(json.dumps({"anchor": f"good {i}", "positive": "bad"}) for i in range(40))
-    )
+
+
+# A batch in micro-batches
+
+
+TRIPLES = [
+    Group("good film", "great acting", "bad", None),
+    Group("a plot", "the story", None, None),
+    Group("good film", "good music", None, None),  # an anchor that another micro-batch has too
+    Group("the film was dull", "awful", "never fun", None),
+    Group("bright story", "fun and music", None, None),
+]
+SCORED = [Group("good", "great", None, 5.0), Group("bad", "fun", None, 0.0), Group("film", "plot", None, 3.0)]
+CASES = {"triples": (TRIPLES, 2), "triples, one by one": (TRIPLES, 1), "scores": (SCORED, 1)}
+
+
+def dropping(folder: Path, rate: float) -> Transformer:
+    family, cfg = read_config(folder)
+    return build(replace(with_dropout(family, cfg, rate), head=None), seed=1).train()
+
+
+def grouped(objective: Objective, rows: list[Group], size: int) -> list[Batch]:
+    """Micro-batches of examples that were encoded together, and so share the numbers of their groups."""
+    own = objective.objective if isinstance(objective, Penalised) else objective
+    samples = [own.samples(e, np.random.default_rng(0)) for e in own.encode(rows)]
+    cuts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    return [collate(objective, [s for some in cut for s in some]) for cut in cuts]
+
+
+def gradient(model: Transformer, objective: Objective, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], Totals]:
+    model.zero_grad()
+    totals = gradients(model, objective, batches, seed=3)
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, totals
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_in_micro_batches_is_that_of_the_whole_batch(case, tiny_bert):
+    rows, size = CASES[case]
+    own, model = task(tiny_bert), dropping(tiny_bert, 0.0)
+    whole, at_once = gradient(model, own, grouped(own, rows, 99))
+    cut, in_pieces = gradient(model, own, grouped(own, rows, size))
+    largest = max(float(g.abs().max()) for g in whole.values())
+    assert whole.keys() == cut.keys()
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=0, atol=1e-6 * largest)
+    assert in_pieces.means() == pytest.approx(at_once.means(), rel=1e-6)
+    alone, _ = gradient(model, SimpleNamespace(loss=own.loss), grouped(own, rows, size))  # each micro-batch by itself
+    assert max(float((alone[name] - whole[name]).abs().max()) for name in whole) > 0.1 * largest
+
+
+def test_both_passes_drop_the_same(tiny_bert):
+    own, model = task(tiny_bert), dropping(tiny_bert, 0.3)
+    batches = grouped(own, TRIPLES, 2)
+    found, totals = gradient(model, own, batches)
+    model.zero_grad()
+    vectors = []
+    for i, batch in enumerate(batches):
+        torch.manual_seed(seed_for(3, i))
+        vectors.append(own.vectors(model, batch))
+    loss = own.loss_of(torch.cat(vectors), batches).sums["embed"]
+    (loss / len(TRIPLES)).backward()
+    assert float(totals.sums["embed"]) == float(loss.detach())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=0, atol=1e-6)
+    still, _ = gradient(model.eval(), own, batches)
+    assert max(float((still[name] - found[name]).abs().max()) for name in found) > 1e-3
+
+
+def test_a_penalty_counts_once_however_the_batch_is_cut(tiny_bert):
+    own, model = task(tiny_bert), dropping(tiny_bert, 0.0)
+    weight = model.encoder.blocks[0].ffn.up.weight
+    objective = Penalised(own, "size", lambda: (weight**2).sum())
+    whole, at_once = gradient(model, objective, grouped(objective, TRIPLES, 99))
+    cut, in_pieces = gradient(model, objective, grouped(objective, TRIPLES, 2))
+    assert at_once.means()["size"] == pytest.approx(float((weight**2).sum().detach()))
+    assert in_pieces.means() == pytest.approx(at_once.means(), rel=1e-6)
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-6, atol=1e-6)
+
+
+class Held:
+    """A tensor that the backward pass waits for, and the most bytes of such that there ever were at once."""
+
+    now = most = 0
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.bytes = tensor.detach(), tensor.nbytes  # with its graph it would hold itself
+        Held.now += self.bytes
+        Held.most = max(Held.most, Held.now)
+
+    def __del__(self) -> None:
+        Held.now -= self.bytes
+
+
+def held_at_most(model: Transformer, own: Embed, batches: list[Batch]) -> int:
+    Held.now = Held.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        gradient(model, own, batches)
+    assert Held.now == 0
+    return Held.most
+
+
+def test_what_is_held_at_once_is_a_micro_batch(tiny_bert):
+    own, model = task(tiny_bert), dropping(tiny_bert, 0.1)
+    rows = [Group(f"good film {i}", "great acting and music", None, None) for i in range(32)]
+    weights = held_at_most(model, own, grouped(own, rows[:1], 1))  # weights are held too, as they are
+    whole, cut = (held_at_most(model, own, grouped(own, rows, size)) - weights for size in (32, 4))
+    assert cut < 0.2 * whole
+
+
+def test_a_run_in_micro_batches_has_the_losses_of_the_whole(tiny_bert, tmp_path):
+    rows = [{"anchor": f"good {i}", "positive": f"the film {i}", "negative": "bad"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     call = ["finetune", "--task", "embed", "--model", str(tiny_bert), "--train", f"{tmp_path}/train.jsonl"]
-    assert main([*call, "--out", f"{tmp_path}/run", "--micro-batch", "4"]) == 2
-    assert "whole batch" in capsys.readouterr().err
+    call += [
+        "--set",
+        "model.dropout=0.0",
+        "--set",
+        "train.steps=4",
+        "--batch",
+        "12",
+        "--lr",
+        "3e-3",
+        "--precision",
+        "fp32",
+    ]
+    losses = {}
+    for cut in ("12", "5"):
+        out = tmp_path / cut
+        assert main([*call, "--out", str(out), "--micro-batch", cut]) == 0
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[cut] = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses["12"]) == 4 and losses["5"] == pytest.approx(losses["12"], rel=1e-4)
 
 
 def test_embed_from_the_command_line(tiny_bert, tmp_path, capsys):

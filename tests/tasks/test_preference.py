@@ -146,7 +146,10 @@ def test_a_pair_with_an_answer_too_long_is_counted_and_not_learnt(tiny_gpt):
     rows = [read(prompt="a film", chosen="good " * 60, rejected=BAD), read(prompt="a film", chosen=GOOD, rejected=BAD)]
     lost, kept = own.encode(rows, account)
     assert own.samples(lost, None) == [] and len(own.samples(kept, None)) == 2
-    assert account["conversations too long to learn"] == 1
+    assert account == {"cut": 0, "answers that do not fit": 1}
+    drops = task(tiny_gpt, length=48, truncation="drop")
+    account = {}
+    assert len(drops.encode(rows, account, training=True)) == 1 and account == {"dropped": 1}
 
 
 def test_both_answers_follow_the_same_turns(tiny_gpt):
@@ -157,6 +160,8 @@ def test_both_answers_follow_the_same_turns(tiny_gpt):
     whole = task(tiny_gpt, length=512, system="always fun").encode([pair])[0]
     assert (cut.chosen.prompt == cut.rejected.prompt).all() and cut.whole
     assert len(cut.chosen.prompt) < len(whole.chosen.prompt)
+    own.encode([pair], account := {})
+    assert account == {"cut": 1, "answers that do not fit": 0}
     assert own.tokenizer.decode(cut.rejected.prompt).startswith("always fun")
 
 

@@ -15,30 +15,14 @@ from ronna.cli import main
 from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
 from ronna.model.families import classifier_for, read_config
-from ronna.model.folder import load_folder, save_folder
+from ronna.model.folder import load_folder
 from ronna.model.sequences import Sequences
 from ronna.tasks.metrics import relation_scores
 from ronna.tasks.relation import Relation, RelationConfig, choose_markers, nearest, unmarked
 from ronna.tasks.schema import Columns
-from ronna.text.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from ronna.text.tokenizer import load_tokenizer
 
 COLUMNS = Columns("text", None, "label")
-
-
-@pytest.fixture(scope="module")
-def base(tiny_bert, tmp_path_factory) -> Path:
-    """The tiny model with a tokenizer that has marks."""
-    from ronna.model.families import preset
-    from ronna.model.init import build
-
-    folder = tmp_path_factory.mktemp("marks")
-    words = "the film was good bad great awful a plot with acting and music @ # made by in of".split()
-    tokenizer = train_tokenizer([" ".join(words)] * 5, TokenizerConfig(kind="wordpiece", vocab=300, lowercase=True))
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    family, cfg = preset("bert-tiny", vocab_size=tokenizer.vocab_size, max_position_embeddings=64, **sizes)
-    save_folder(build(cfg, seed=0), family, folder)
-    tokenizer.save(folder)
-    return folder
 
 
 def task(folder: Path, length: int = 32, **config) -> Relation:
@@ -94,8 +78,8 @@ def test_offsets_do_as_well_as_marks():
         assert Relation.row(record(text="the film by him", label="x", **fields), COLUMNS) == marked
 
 
-def test_what_the_model_reads(base):
-    own = task(base)
+def test_what_the_model_reads(marked_bert):
+    own = task(marked_bert)
     tokenizer = own.tokenizer
     assert own.markers == ("@", "#")
     pairs = own.rows(["the <e1>film</e1> was <e2>good</e2>", "<e2>bad @ plot</e2><e1>acting</e1>"], None)
@@ -107,27 +91,27 @@ def test_what_the_model_reads(base):
     assert second.places.tolist() == [6, 1]  # not the @ that the entity itself has
 
 
-def test_what_is_far_from_both_is_cut_and_counted_or_refused(base):
+def test_what_is_far_from_both_is_cut_and_counted_or_refused(marked_bert):
     text = "the " * 40 + "<e1>film</e1> was " + "a " * 30 + "<e2>good</e2> " + "music " * 40
     account: dict[str, int] = {}
-    [example] = task(base).encode(task(base).rows([text], None), account)
-    assert account["truncated"] == 1 and len(example.tokens) == 32
-    kept = task(base).tokenizer.decode(example.tokens[1:-1])
+    [example] = task(marked_bert).encode(task(marked_bert).rows([text], None), account)
+    assert account == {"cut": 1} and len(example.tokens) == 32
+    kept = task(marked_bert).tokenizer.decode(example.tokens[1:-1])
     assert "@ film @ was a" in kept and "a # good # music" in kept
-    assert [task(base).tokenizer.tokens[example.tokens[p]] for p in example.places] == ["@", "#"]
-    with pytest.raises(RonnaError, match="1 texts are longer than 32 tokens"):
-        task(base, truncation="refuse").encode(task(base).rows([text], None))
+    assert [task(marked_bert).tokenizer.tokens[example.tokens[p]] for p in example.places] == ["@", "#"]
+    with pytest.raises(RonnaError, match="1 rows are too long for 32 tokens"):
+        task(marked_bert, truncation="refuse").encode(task(marked_bert).rows([text], None))
     ids, places = nearest(np.arange(10), np.array([1, 8]), 4)
     assert ids.tolist() == [0, 1, 2, 8]
     assert ids[places].tolist() == [1, 8]
 
 
-def test_scores_are_made_of_the_states_at_both_openings(base):
-    family, cfg = read_config(base)
+def test_scores_are_made_of_the_states_at_both_openings(marked_bert):
+    family, cfg = read_config(marked_bert)
     classifier = classifier_for(family, cfg, 3, "pair")
-    model = load_folder(base, head=False, classifier=classifier, seed=1).model.eval()
+    model = load_folder(marked_bert, head=False, classifier=classifier, seed=1).model.eval()
     assert model.cfg.params() == sum(p.numel() for p in model.parameters())
-    own = task(base)
+    own = task(marked_bert)
     examples = own.encode(own.rows(["the <e1>film</e1> was <e2>good</e2>", "<e2>bad</e2> a <e1>plot</e1>"], None))
     scores = own.infer(model, examples)
     for example, row in zip(examples, scores, strict=True):
@@ -164,7 +148,7 @@ def test_a_vocabulary_without_marks_is_refused(tiny_bert):
         choose_markers(load_tokenizer(tiny_bert))
 
 
-def test_relation_from_the_command_line(base, tmp_path, capsys):
+def test_relation_from_the_command_line(marked_bert, tmp_path, capsys):
     rng = random.Random(0)
     for split, n in (("train", 240), ("validation", 40), ("test", 40)):
         rows = []
@@ -175,7 +159,7 @@ def test_relation_from_the_command_line(base, tmp_path, capsys):
             rows.append({"text": text, "label": ["Made(e1,e2)", "Made(e2,e1)", "Other"][i % 3]})
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     out = tmp_path / "run"
-    call = ["finetune", "--task", "relation", "--model", str(base), "--train", str(tmp_path), "--out", str(out)]
+    call = ["finetune", "--task", "relation", "--model", str(marked_bert), "--train", str(tmp_path), "--out", str(out)]
     settings = ["--lr", "3e-3", "--epochs", "6", "--batch", "16", "--set", "model.dropout=0.0", "--length", "32"]
     assert main([*call, *settings, "--precision", "fp32"]) == 0
     report = json.loads((out / "report.json").read_text())

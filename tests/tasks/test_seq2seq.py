@@ -18,6 +18,7 @@ from ronna.model.folder import load_folder
 from ronna.objectives.base import collate
 from ronna.tasks.schema import Columns
 from ronna.tasks.seq2seq import Pair, Seq2Seq, Seq2SeqConfig, references
+from ronna.tasks.truncation import UNFIT
 from ronna.text.tokenizer import load_tokenizer
 
 GERMAN = {"the": "der", "film": "Film", "was": "war", "good": "gut", "bad": "schlecht", "plot": "Plan", "great": "groß"}
@@ -95,7 +96,7 @@ def test_long_sources_are_cut_and_targets_never(folder, request):
     account: dict[str, int] = {}
     rows = [pair("good " * 40), pair("good", "bad " * 40), pair("good")]
     cut, lost, whole = own.encode(rows, account)
-    assert account == {"sources cut": 1, "targets too long to learn": 1}
+    assert account == {"cut": 1, UNFIT: 1}
     assert lost.sample is None and whole.sample is not None and not own.samples(lost, np.random.default_rng(0))
     size = len(cut.sample.tokens) if cut.sample.source is None else len(cut.sample.source)
     assert size <= 16 and own.tokenizer.decode(cut.sample.labels) == "bad plot"
@@ -108,10 +109,15 @@ def test_long_sources_are_cut_and_targets_never(folder, request):
 
 def test_rows_too_long_are_dropped_or_refused_if_asked(tiny_t5):
     account: dict[str, int] = {}
-    dropped = task(tiny_t5, length=16, truncation="drop").encode([pair("good " * 40)], account)
-    assert dropped[0].sample is None and account["sources dropped"] == 1
-    with pytest.raises(RonnaError, match="too many"):
-        task(tiny_t5, length=16, truncation="refuse").encode([pair("good " * 40)])
+    rows = [pair("good " * 40), pair("good", "bad " * 40), pair("good")]
+    own = task(tiny_t5, length=16, truncation="drop")
+    [kept] = own.encode(rows, account, training=True)
+    assert kept.sample is not None and account == {"dropped": 2}
+    held_out = own.encode(rows, account)
+    assert len(held_out) == 3 and account == {"dropped": 2, "cut": 1, UNFIT: 1}
+    assert max(len(e.prompt) for e in held_out) == 16 and held_out[1].text == "bad " * 40
+    with pytest.raises(RonnaError, match=f"2 rows are too long for 16 tokens .cut 1, {UNFIT} 1."):
+        task(tiny_t5, length=16, truncation="refuse").encode(rows)
 
 
 def test_smoothing_is_for_training_alone(tiny_t5):

@@ -18,6 +18,7 @@ from ronna.tasks.answers import best_of, cmrc_tokens, counting_of, exact, f1, lo
 from ronna.tasks.base import read_rows, unfolded
 from ronna.tasks.schema import Columns
 from ronna.tasks.span_qa import Answer, Example, Question, SpanQA, SpanQAConfig, unfold
+from ronna.tasks.truncation import UNFIT
 from ronna.text.tokenizer import load_tokenizer
 
 COLUMNS = Columns("question", "context", "answers")
@@ -126,7 +127,7 @@ def test_windows_overlap_and_hold_every_token_and_the_answer_where_it_is_whole(t
     own = task(tiny_bert, length=32, overlap=8)
     account: dict[str, int] = {}
     [example] = own.encode([asked("great acting", context=context)], account)
-    assert len(example.windows) > 3 and account == {"windowed": 1, "answers cut by windows": 0}
+    assert len(example.windows) > 3 and account == {"windowed": 1, "cut": 0, UNFIT: 0}
     assert all(len(w.tokens) <= 32 for w in example.windows)
     seen = np.unique(np.concatenate([w.offsets[1:, 0] for w in example.windows]))
     assert len(seen) == len(own.tokenizer.encode(context))
@@ -143,7 +144,7 @@ def test_an_answer_longer_than_every_window_is_counted_and_not_learnt(tiny_bert)
     account: dict[str, int] = {}
     own = task(tiny_bert, length=32)
     [example] = own.encode([asked(context[:200].strip(), context=context)], account)
-    assert account["answers cut by windows"] == 1 and own.samples(example, np.random.default_rng(0)) == []
+    assert account[UNFIT] == 1 and own.samples(example, np.random.default_rng(0)) == []
 
 
 def test_a_question_is_cut_and_too_little_room_refused(tiny_bert):

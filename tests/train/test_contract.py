@@ -40,7 +40,7 @@ def test_a_sound_model_passes_and_is_left_as_it_was():
     sound = model().train()
     sound.compute = torch.bfloat16
     before = {n: p.clone() for n, p in sound.named_parameters()}
-    checks = check_start(sound, CausalLM(0, 1), samples())
+    checks = check_start(sound, CausalLM(0, 1), [samples()])
     assert failed(checks) == set() and len(checks) == 7
     assert sound.training and sound.compute is torch.bfloat16
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in sound.named_parameters())
@@ -49,7 +49,7 @@ def test_a_sound_model_passes_and_is_left_as_it_was():
 
 def test_a_leak_between_documents_is_seen(monkeypatch):
     monkeypatch.setattr(Sequences, "mask", lambda self, view, *, causal, window: None)
-    assert failed(check_start(model(causal=False), CausalLM(0, 1), samples())) >= {"document leak"}
+    assert failed(check_start(model(causal=False), CausalLM(0, 1), [samples()])) >= {"document leak"}
 
 
 class PerBatch(CausalLM):
@@ -61,36 +61,36 @@ class PerBatch(CausalLM):
 
 
 def test_a_loss_that_depends_on_the_cut_is_seen():
-    assert failed(check_start(model(), PerBatch(0, 1), samples())) == {"accumulation"}
+    assert failed(check_start(model(), PerBatch(0, 1), [samples()])) == {"accumulation"}
 
 
 def test_no_supervised_token_is_refused():
     empty = [Sample(s.tokens, np.zeros(0, np.int64), np.zeros(0, np.int64)) for s in samples()]
-    assert failed(check_start(model(), CausalLM(0, 1), empty)) == {"supervision"}
+    assert failed(check_start(model(), CausalLM(0, 1), [empty])) == {"supervision"}
     assert failed(check_start(model(), CausalLM(0, 1), [])) == {"supervision"}
 
 
 def test_ids_beyond_the_vocabulary_are_refused():
-    checks = check_start(model(), CausalLM(0, 1), samples(high=VOCAB + 5))
+    checks = check_start(model(), CausalLM(0, 1), [samples(high=VOCAB + 5)])
     assert failed(checks) == {"vocabulary"}
     with pytest.raises(RonnaError, match="the model has 40"):
         refuse_failed(checks)
 
 
 def test_sequences_beyond_the_positions_are_refused():
-    assert failed(check_start(model(), CausalLM(0, 1), samples(lengths=(5, 33)))) == {"length"}
+    assert failed(check_start(model(), CausalLM(0, 1), [samples(lengths=(5, 33))])) == {"length"}
 
 
 def test_a_lost_tie_is_seen():
     torn = model()
     torn.head.logits.weight = nn.Parameter(torn.head.logits.weight.detach().clone())
-    assert failed(check_start(torn, CausalLM(0, 1), samples())) == {"tied weights"}
+    assert failed(check_start(torn, CausalLM(0, 1), [samples()])) == {"tied weights"}
 
 
 def test_labels_outside_the_set_are_refused():
     classifier = c.Classifier(3)
     rows = [Sample(s.tokens, s.predict, s.labels, target=3) for s in samples()]
-    assert failed(check_start(model(classifier=classifier), CausalLM(0, 1), rows)) == {"labels"}
+    assert failed(check_start(model(classifier=classifier), CausalLM(0, 1), [rows])) == {"labels"}
 
 
 def stepped(some: Transformer, lr: float = 1e-2) -> FirstStep:

@@ -6,7 +6,7 @@ Legend: T flat tokens, B sequences, M predicted positions.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -92,6 +92,24 @@ class Objective(Protocol):
     def counts(self, batch: Batch) -> dict[str, int]: ...
 
     def loss(self, model: Transformer, batch: Batch) -> Loss: ...
+
+
+class WholeBatch(Objective, Protocol):
+    """An objective whose loss is of all sequences of a step together, by one vector of each; micro-batches then share
+    it (see `ronna.train.loop.cached_gradients`)."""
+
+    def vectors(self, model: Transformer, batch: Batch) -> Tensor:
+        """(B, C)"""
+        ...
+
+    def loss_of(self, vectors: Tensor, batches: Sequence[Batch]) -> Loss:
+        """Of the vectors of all batches, in order."""
+        ...
+
+
+def of_whole_batch(objective: Objective) -> TypeGuard[WholeBatch]:
+    """What an objective says of itself as `whole_batch`; False where it says nothing."""
+    return getattr(objective, "whole_batch", False)
 
 
 def collate(objective: Objective, samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:

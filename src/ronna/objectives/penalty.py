@@ -1,6 +1,6 @@
 """An objective with a further term that no sample has a part in: what the weights themselves are to be like."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Objective, Sample
+from ronna.objectives.base import Batch, Loss, Objective, Sample, of_whole_batch
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Penalised:
 
     @property
     def whole_batch(self) -> bool:
-        return getattr(self.objective, "whole_batch", False)
+        return of_whole_batch(self.objective)
 
     @property
     def together(self) -> int:
@@ -36,3 +36,14 @@ class Penalised:
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         loss = self.objective.loss(model, batch)
         return Loss(loss.sums | {self.name: self.penalty()}, loss.stats)
+
+    # Where the loss is of the whole batch
+
+    def vectors(self, model: Transformer, batch: Batch) -> Tensor:
+        assert of_whole_batch(self.objective)
+        return self.objective.vectors(model, batch)
+
+    def loss_of(self, vectors: Tensor, batches: Sequence[Batch]) -> Loss:
+        assert of_whole_batch(self.objective)
+        loss = self.objective.loss_of(vectors, batches)
+        return Loss(loss.sums | {self.name: self.penalty() * len(batches)}, loss.stats)  # each batch counts one

@@ -40,7 +40,7 @@ class Task(ABC):
 
     kind: ClassVar[str]  # as a run file calls it
     tokenizer: Tokenizer
-    whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole, which may then not be cut
+    whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole: see `objectives.base.WholeBatch`
     together: ClassVar[int] = 1  # samples that an item becomes, of which the loss needs all at once
     writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
 
@@ -133,7 +133,11 @@ class Task(ABC):
         the loss."""
 
     @abstractmethod
-    def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]: ...
+    def encode(
+        self, rows: Sequence[Any], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Any]:
+        """Examples in the order of the rows. What is done about those over the length is counted in `accounts`; only
+        of training rows some may be left out. Raises RonnaError where the user wants none over the length."""
 
     def prepare(self, model: Transformer, examples: list[Any]) -> None:  # noqa: B027 - most need nothing of it
         """Ask the model, as it is before training and without any adapter, what the examples need to know of it."""

@@ -6,6 +6,7 @@ Legend: B sequences, K labels.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -28,6 +29,7 @@ from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
 from ronna.tasks.schema import Columns, find_columns, usable_text
+from ronna.tasks.truncation import CUT, keep_rows
 from ronna.text.tokenizer import Tokenizer
 
 Problem = Literal["single", "multi", "regression"]
@@ -42,7 +44,7 @@ class ClassifyConfig(Config):
     kind: Literal["classify"] = "classify"
     problem: Literal["auto", "single", "multi", "regression"] = "auto"
     pool: Literal["auto", "first", "last", "mean"] = "auto"  # the states to score; auto: as the folder says
-    truncation: Literal["cut", "refuse"] = "cut"  # of texts longer than train.length; what is cut is counted
+    truncation: Literal["cut", "drop", "refuse"] = "cut"  # of texts longer than train.length; the longer one of a pair
     threshold: float = Field(0.5, gt=0, lt=1)  # probability above which a label of a multi-label problem is given
     class_weights: Literal["none", "balanced"] = "none"  # balanced: rare classes weigh more in the loss
     focal: float = Field(0.0, ge=0)  # gamma of the focal loss: rows that are right already weigh less
@@ -192,20 +194,16 @@ class Classify(Task):
         given = {label_name(x) for x in label}
         return np.array([name in given for name in self.labels], dtype=np.float32)
 
-    def encode(self, rows: Sequence[Row], accounts: dict[str, int] | None = None) -> list[Example]:
-        """Tokenize; texts over the length are cut (the longer of a pair first) and counted, or refused."""
+    def encode(
+        self, rows: Sequence[Row], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
+        """Tokenize; texts over the length are cut (the longer of a pair first), dropped or refused."""
         pairs = [r.pair for r in rows] if rows and rows[0].pair is not None else None
         encoded = encode_inputs(self.tokenizer, [r.text for r in rows], pairs, self.length)  # type: ignore[arg-type]
-        cut = sum(e.truncated for e in encoded)
-        if cut and self.config.truncation == "refuse":
-            place = next(i for i, e in enumerate(encoded) if e.truncated)
-            raise RonnaError(
-                f"{cut} texts are longer than {self.length} tokens, the first is row {place + 1}",
-                fix="raise train.length, or set task.truncation=cut",
-            )
-        if accounts is not None:
-            accounts["truncated"] = accounts.get("truncated", 0) + cut
-        return [Example(e.ids, e.segments, self.target(row.label)) for e, row in zip(encoded, rows, strict=True)]
+        long = {CUT: [e.truncated for e in encoded]}
+        kept = keep_rows(self.config.truncation, long, self.length, accounts, training=training)
+        pairs_kept = compress(zip(encoded, rows, strict=True), kept)
+        return [Example(e.ids, e.segments, self.target(row.label)) for e, row in pairs_kept]
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
         return [Sample(item.tokens, segments=item.segments, target=item.target)]

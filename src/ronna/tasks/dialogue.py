@@ -7,6 +7,7 @@ same tokens. Conversations lie end to end in a batch and do not see each other.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -22,7 +23,8 @@ from ronna.objectives.base import Sample
 from ronna.tasks.conversation import Conversation, Messages, find_columns, read_conversation
 from ronna.tasks.metrics import Scores, perplexity_scores
 from ronna.tasks.schema import Columns
-from ronna.tasks.writing import ROOM, Ends, Example, Writing, Written
+from ronna.tasks.truncation import CUT, UNFIT, keep_rows
+from ronna.tasks.writing import Ends, Example, Writing, Written
 from ronna.text.chat import CHATML, PLAIN, ChatTemplate, Part
 from ronna.text.tokenizer import Tokenizer
 
@@ -34,7 +36,7 @@ class DialogueConfig(Config):
     template: str | None = None  # file of a Jinja chat template; None: the folder's own, or one of ours
     system: str | None = None  # put in front of conversations without a system message
     turns: Literal["all", "last"] = "all"  # which of the assistant's messages are learnt
-    truncation: Literal["cut", "drop", "refuse"] = "cut"  # the oldest turns go first; an answer is never cut
+    truncation: Literal["cut", "drop", "refuse"] = "cut"  # of long ones the oldest turns; an answer is never cut
     decoding: GenerateConfig = GenerateConfig()
 
 
@@ -147,23 +149,28 @@ class Dialogue(Writing):
 
     # From conversations to examples
 
-    def encode(self, rows: Sequence[Conversation], accounts: dict[str, int] | None = None) -> list[Example]:
-        """Tokenize. Of what is too long the oldest turns go; what is still too long is not learnt, and counted."""
-        examples, cut, long = [], 0, 0
+    def encode(
+        self, rows: Sequence[Conversation], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
+        """Tokenize. Of what is too long the oldest turns go; what is still too long is not learnt."""
+        examples, long = self.fit(rows)
+        return list(compress(examples, self.kept(long, accounts, training)))
+
+    def kept(self, long: Mapping[str, list[bool]], accounts: dict[str, int] | None, training: bool) -> list[bool]:
+        return keep_rows(self.config.truncation, long, self.length, accounts, training=training)
+
+    def fit(self, rows: Sequence[Conversation]) -> tuple[list[Example], dict[str, list[bool]]]:
+        """An example of each row; flags of rows that lose turns, and of those whose answer is too long to learn."""
+        examples: list[Example] = []
+        long: dict[str, list[bool]] = {CUT: [], UNFIT: []}
         for at in range(0, len(rows), 512):
             some = [self.with_system(row) for row in rows[at : at + 512]]
             for row, tokens in zip(some, self.tokens([self.parts(row) for row in some]), strict=True):
-                if len(tokens.ids) > self.length and self.config.truncation == "refuse":
-                    where = row.messages[0]["content"][:60]
-                    raise RonnaError(f"{len(tokens.ids)} tokens, train.length is {self.length}", where=where, fix=ROOM)
-                fitted = self.fitted(row, tokens)[1] if self.config.truncation == "cut" else tokens
-                cut += len(fitted.ids) < len(tokens.ids)
-                long += row.answered and len(fitted.ids) > self.length
+                _, fitted = self.fitted(row, tokens)
+                long[CUT].append(len(fitted.ids) < len(tokens.ids))
+                long[UNFIT].append(row.answered and len(fitted.ids) > self.length)
                 examples.append(self.example(row, fitted))
-        if accounts is not None:
-            for name, n in (("conversations cut", cut), ("conversations too long to learn", long)):
-                accounts[name] = accounts.get(name, 0) + n
-        return examples
+        return examples, long
 
     def with_system(self, row: Conversation) -> Conversation:
         if self.config.system is None or row.messages[0]["role"] == "system":

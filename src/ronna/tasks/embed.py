@@ -8,6 +8,7 @@ Legend: B texts, C channels, n anchors, m candidates.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -28,6 +29,7 @@ from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.metrics import Scores, mean_scores, regression_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
+from ronna.tasks.truncation import CUT, keep_rows
 from ronna.text.tokenizer import Tokenizer
 
 USUAL = Usual(
@@ -47,7 +49,7 @@ class EmbedConfig(Config):
     kind: Literal["embed"] = "embed"
     pool: Literal["mean", "first", "last"] = "mean"
     temperature: float = Field(0.05, gt=0)  # similarities are divided by it
-    truncation: Literal["cut", "refuse"] = "cut"
+    truncation: Literal["cut", "drop", "refuse"] = "cut"  # of texts longer than train.length
 
 
 class Group(NamedTuple):
@@ -107,7 +109,7 @@ class Embed(Task):
 
     kind = "embed"
     monitor = "spearman"
-    whole_batch = True  # the loss is of all texts of a batch together: it may not be cut into micro-batches
+    whole_batch = True
 
     @classmethod
     def row(cls, record: Record, columns: Columns) -> Group:
@@ -167,28 +169,31 @@ class Embed(Task):
 
     # From rows to examples
 
-    def encode(self, rows: Sequence[Group], accounts: dict[str, int] | None = None) -> list[Example]:
-        """Tokenize. A contradiction becomes the negative of its premise's pairs; texts over the length are cut."""
+    def encode(
+        self, rows: Sequence[Group], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
+        """Tokenize. A contradiction becomes the negative of its premise's pairs; texts over the length are cut, or
+        their rows dropped or refused."""
         wrong = {row.text: row.negative for row in rows if row.negative and not row.positive}
         if wrong:
             rows = [r._replace(negative=r.negative or wrong.get(r.text)) for r in rows if r.positive]
         flat = [text for row in rows for text in row[:3] if text is not None]
-        encoded = encode_inputs(self.tokenizer, flat, None, self.length)
-        cut = sum(e.truncated for e in encoded)
-        if cut and self.config.truncation == "refuse":
-            raise RonnaError(f"{cut} texts are longer than {self.length} tokens", fix="raise train.length")
-        if accounts is not None:
-            accounts["truncated"] = accounts.get("truncated", 0) + cut
+        encoded = iter(encode_inputs(self.tokenizer, flat, None, self.length))
         groups: dict[str, int] = {}
-        examples, at = [], 0
+        examples, long = [], []
         for row in rows:
             roles = [role for role, text in enumerate(row[:3]) if text is not None]
-            texts = [e.ids for e in encoded[at : at + len(roles)]]
-            at += len(roles)
-            examples.append(Example(texts, roles, groups.setdefault(row.text, len(groups)), row.label))
-        return examples
+            texts = [next(encoded) for _ in roles]
+            long.append(any(t.truncated for t in texts))
+            group = groups.setdefault(row.text, len(groups))
+            examples.append(Example([t.ids for t in texts], roles, group, row.label))
+        kept = keep_rows(self.config.truncation, {CUT: long}, self.length, accounts, training=training)
+        return list(compress(examples, kept))
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
+        """Of the texts; none of an anchor that has no positive, which the loss has no place for."""
+        if POSITIVE not in item.roles:
+            return []
         score = np.nan if item.score is None else item.score
         return [
             Sample(tokens, target=np.array([role, item.group, score]))
@@ -206,8 +211,11 @@ class Embed(Task):
         return F.normalize(model.pooled(batch.tokens, batch.sequences, self.config.pool).float(), dim=-1)
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
-        assert batch.targets is not None
-        vectors, (roles, groups, scores) = self.vectors(model, batch), batch.targets.T
+        return self.loss_of(self.vectors(model, batch), [batch])
+
+    def loss_of(self, vectors: Tensor, batches: Sequence[Batch]) -> Loss:
+        """Every anchor against the positives and negatives of all batches, or all their pairs by order."""
+        roles, groups, scores = torch.cat([b.targets for b in batches if b.targets is not None]).T
         anchors, positives = vectors[roles == ANCHOR], vectors[roles == POSITIVE]
         if not scores[0].isnan():
             near = (anchors * positives).sum(-1) / self.config.temperature

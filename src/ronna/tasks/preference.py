@@ -8,6 +8,7 @@ Legend: B sequences, two for each of P pairs; M predicted positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ from ronna.tasks.conversation import ASKED, LISTS, Conversation, read_conversati
 from ronna.tasks.dialogue import Dialogue, DialogueConfig, templated
 from ronna.tasks.metrics import Scores, mean_scores
 from ronna.tasks.schema import Columns, choose
+from ronna.tasks.truncation import CUT, UNFIT
 from ronna.tasks.writing import Example
 from ronna.text.tokenizer import Tokenizer
 
@@ -132,11 +134,15 @@ class Preference(Dialogue):
 
     # Examples
 
-    def encode(self, rows: Sequence[Any], accounts: dict[str, int] | None = None) -> list[Any]:
-        if self.config.truncation == "cut":
-            rows = [self.alike(row) for row in rows]
-        sides = [super(Preference, self).encode([row[i] for row in rows], accounts) for i in (0, 1)]
-        return [Pair(*pair) for pair in zip(*sides, strict=True)]
+    def encode(
+        self, rows: Sequence[Any], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Any]:
+        fitting = [self.alike(row) for row in rows]
+        (chosen, long), (rejected, more) = (self.fit([row[i] for row in fitting]) for i in (0, 1))
+        unfit = [a or b for a, b in zip(long[UNFIT], more[UNFIT], strict=True)]
+        cut = [row is not before for row, before in zip(fitting, rows, strict=True)]
+        kept = self.kept({CUT: cut, UNFIT: unfit}, accounts, training)
+        return [Pair(*pair) for pair in compress(zip(chosen, rejected, strict=True), kept)]
 
     def alike(self, choice: Choice) -> Choice:
         """Both answers after as much of the conversation as the longer of them leaves room for."""

@@ -8,6 +8,7 @@ Zhou and Chen (2021) found that they serve as well as new ones: nothing has to b
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import cross_entropy
 from ronna.tasks.metrics import Scores, relation_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
+from ronna.tasks.truncation import CUT, keep_rows
 from ronna.tasks.words import Extent
 from ronna.text.tokenizer import EncodedWords, Tokenizer
 
@@ -39,7 +41,7 @@ CANDIDATES = ("@", "#", "$", "*", "^", "~", "|", "§", "¤", "%", "&", "=", "+")
 
 class RelationConfig(Config):
     kind: Literal["relation"] = "relation"
-    truncation: Literal["cut", "refuse"] = "cut"  # of what is farthest from the entities, over train.length
+    truncation: Literal["cut", "drop", "refuse"] = "cut"  # over train.length; cut is what is farthest from the entities
 
 
 class Pair(NamedTuple):
@@ -193,8 +195,11 @@ class Relation(Task):
 
     # From rows to examples
 
-    def encode(self, rows: Sequence[Pair], accounts: dict[str, int] | None = None) -> list[Example]:
-        """Tokenize with markers; over the length, the tokens farthest from the markers are cut, or it is refused."""
+    def encode(
+        self, rows: Sequence[Pair], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
+        """Tokenize with markers; over the length, the tokens farthest from the markers are cut, or it is dropped or
+        refused."""
         some = [self.marked(row) for row in rows]
         tokens: list[EncodedWords] = []
         for at in range(0, len(rows), 1024):
@@ -202,17 +207,11 @@ class Relation(Task):
             tokens += self.tokenizer.encode_words([m.text for m in part], [m.pieces for m in part])
         before, after = self.tokenizer.around
         room = self.length - len(before) - len(after)
-        long = [i for i, t in enumerate(tokens) if len(t.ids) > room]
-        if long and self.config.truncation == "refuse":
-            raise RonnaError(
-                f"{len(long)} texts are longer than {self.length} tokens, the first is row {long[0] + 1}",
-                fix="raise train.length, or set task.truncation=cut",
-            )
-        if accounts is not None:
-            accounts["truncated"] = accounts.get("truncated", 0) + len(long)
+        long = {CUT: [len(t.ids) > room for t in tokens]}
+        kept = keep_rows(self.config.truncation, long, self.length, accounts, training=training)
         known = {label: i for i, label in enumerate(self.labels)}
         examples = []
-        for row, m, t in zip(rows, some, tokens, strict=True):
+        for row, m, t in compress(zip(rows, some, tokens, strict=True), kept):
             ids, places = t.ids, np.searchsorted(t.word, m.opening)
             if len(ids) > room:
                 ids, places = nearest(ids, places, room)

@@ -5,6 +5,7 @@ An encoder-decoder reads the source; a decoder reads it before what it is to wri
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -21,7 +22,8 @@ from ronna.objectives.base import Sample
 from ronna.tasks.metrics import Scores
 from ronna.tasks.ngrams import Cut, cut_of, metric_names, text_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
-from ronna.tasks.writing import ROOM, Ends, Example, Writing, Written
+from ronna.tasks.truncation import CUT, UNFIT, keep_rows
+from ronna.tasks.writing import Ends, Example, Writing, Written
 from ronna.text.tokenizer import Tokenizer
 
 USUAL = Usual(
@@ -37,7 +39,7 @@ class Seq2SeqConfig(Config):
     separator: str = "\n\n"  # between source and target, of a decoder
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     target_length: int | None = Field(None, ge=1)  # most tokens; None: train.length, of a decoder a quarter of it
-    truncation: Literal["cut", "drop", "refuse"] = "cut"  # of long sources; long targets are dropped or refused
+    truncation: Literal["cut", "drop", "refuse"] = "cut"  # of long sources; a target is never cut
     monitor: Literal["bleu", "chrf", "rouge1", "rouge2", "rougel", "loss"] = "loss"  # picks the best checkpoint
     sample: int = Field(200, ge=1)  # held-out rows to write, greedily, at each evaluation during training
     decoding: GenerateConfig = GenerateConfig(beams=4)  # max_tokens: None is target_length
@@ -166,32 +168,26 @@ class Seq2Seq(Writing):
         between = self.tokenizer.encode(self.config.separator)
         return [np.concatenate([bos, ids, between]).astype(np.int32) for ids in self.tokenizer.encode_batch(prefixed)]
 
-    def encode(self, rows: Sequence[Pair], accounts: dict[str, int] | None = None) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Pair], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
         """Tokenize. Long sources are cut, dropped or refused; a target is never cut, so rows with a long one are not
         learnt (and are counted)."""
         prompts = self.prompts([row.text for row in rows])
         targets = self.tokenizer.for_targets().encode_batch([row.label or "" for row in rows])
         tail = len(self.tokenizer.around[1]) if self.reads else len(self.tokenizer.encode(self.config.separator))
-        room, policy = self.length if self.reads else self.length - self.target_length, self.config.truncation
+        room = self.length if self.reads else self.length - self.target_length
         if room <= tail:
             raise RonnaError(f"{self.length} tokens leave no room for a source", where="train.length", fix="raise it")
-        long_sources = long_targets = 0
+        unfit = [len(target) + 1 > self.target_length for target in targets]
+        long = {CUT: [len(prompt) > room for prompt in prompts], UNFIT: unfit}
+        kept = keep_rows(self.config.truncation, long, room, accounts, training=training)
         examples = []
-        for row, prompt, target in zip(rows, prompts, targets, strict=True):
-            long_source, long_target = len(prompt) > room, len(target) + 1 > self.target_length
-            if policy == "refuse" and (long_source or long_target):
-                what = f"{len(prompt)} tokens to read and {len(target)} to write are too many"
-                raise RonnaError(what, where=row.text[:60], fix=ROOM)
-            long_sources, long_targets = long_sources + long_source, long_targets + long_target
-            if long_source:
+        for row, prompt, target, unlearnt in compress(zip(rows, prompts, targets, unfit, strict=True), kept):
+            if len(prompt) > room:
                 prompt = np.concatenate([prompt[: room - tail], prompt[len(prompt) - tail :]])
-            learnt = row.label is not None and not long_target and not (long_source and policy == "drop")
-            sample = self.sample(prompt, target) if learnt else None
+            sample = None if row.label is None or unlearnt else self.sample(prompt, target)
             examples.append(Example(prompt, sample, row.label or "", row.references))
-        if accounts is not None:
-            done = "sources dropped" if policy == "drop" else "sources cut"
-            for name, n in ((done, long_sources), ("targets too long to learn", long_targets)):
-                accounts[name] = accounts.get(name, 0) + n
         return examples
 
     def sample(self, prompt: np.ndarray, target: np.ndarray) -> Sample:

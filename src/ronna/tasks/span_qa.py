@@ -5,6 +5,7 @@ Legend: M places of a batch that may be a start or an end, B windows, n places o
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ from ronna.tasks.answers import best_of, counting_of
 from ronna.tasks.base import Task, like_lengths
 from ronna.tasks.metrics import Scores, mean_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
+from ronna.tasks.truncation import CUT, UNFIT, WINDOWED, count, keep_rows
 from ronna.text.tokenizer import Encoded, Tokenizer
 
 USUAL = Usual(
@@ -41,6 +43,8 @@ class SpanQAConfig(Config):
     overlap: int = Field(128, ge=0)  # tokens that a window of a long context shares with the next, half of it at most
     question: int = Field(64, ge=1)  # tokens of a question that are read
     answer: int = Field(30, ge=1)  # tokens of an answer at most
+    truncation: Literal["window", "drop", "refuse"] = "window"  # of contexts with no room beside their question; a long
+    # question is cut, dropped or refused
 
 
 Found = list[list[np.ndarray]]  # of every example, of every window: scores (n, 2)
@@ -77,6 +81,11 @@ class Window(NamedTuple):
 class Example(NamedTuple):
     question: Question
     windows: list[Window]
+
+    @property
+    def unfit(self) -> bool:
+        """Whether there is an answer, and no window has it whole."""
+        return bool(self.question.label) and all(w.target == (0, 0) for w in self.windows)
 
 
 def unfold(record: Record) -> Iterator[Record]:
@@ -193,17 +202,22 @@ class SpanQA(Task):
 
     # From rows to examples
 
-    def encode(self, rows: Sequence[Question], accounts: dict[str, int] | None = None) -> list[Example]:
-        """Tokenize; a long context becomes windows. An answer that no window holds whole is counted, and not learnt."""
+    def encode(
+        self, rows: Sequence[Question], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
+        """Tokenize; a long context becomes windows, or is dropped or refused. An answer that no window holds whole is
+        counted, and not learnt."""
         examples: list[Example] = []
+        cut: list[bool] = []
         for at in range(0, len(rows), 512):
             some = rows[at : at + 512]
             found = self.tokenizer.encode_with_offsets([r.text for r in some], [r.context for r in some])
             examples += [Example(row, list(self.windows(row, e))) for row, e in zip(some, found, strict=True)]
-        if accounts is not None:
-            lost = sum(bool(e.question.label) and all(w.target == (0, 0) for w in e.windows) for e in examples)
-            for name, n in (("windowed", sum(len(e.windows) > 1 for e in examples)), ("answers cut by windows", lost)):
-                accounts[name] = accounts.get(name, 0) + n
+            cut += [int((e.text_index == 0).sum()) > self.config.question for e in found]
+        long = {WINDOWED: [len(e.windows) > 1 for e in examples], CUT: cut}
+        kept = keep_rows(self.config.truncation, long, self.length, accounts, training=training)
+        examples = list(compress(examples, kept))
+        count(accounts, {UNFIT: [e.unfit for e in examples]})
         return examples
 
     def windows(self, row: Question, e: Encoded) -> Iterator[Window]:
@@ -241,8 +255,7 @@ class SpanQA(Task):
         return 0, 0
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
-        answered = any(w.target != (0, 0) for w in item.windows)
-        if item.question.label and not answered:
+        if item.unfit:
             return []
         return [Sample(w.tokens, predict=w.places, segments=w.segments, target=w.target) for w in item.windows]
 
@@ -284,7 +297,7 @@ class SpanQA(Task):
         """Over the windows that training would see."""
         total, count = 0.0, 0
         for example, windows in zip(examples, scores, strict=True):
-            if example.question.label and all(w.target == (0, 0) for w in example.windows):
+            if example.unfit:
                 continue
             for window, s in zip(example.windows, windows, strict=True):
                 assert window.target is not None

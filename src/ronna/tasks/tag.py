@@ -5,6 +5,7 @@ Legend: W words, K tags, M words of a batch.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ from ronna.tasks.crf import Chains, Steps, batched, marginals, negative_log_like
 from ronna.tasks.metrics import Scores, span_scores
 from ronna.tasks.schema import Columns, Usual, find_columns
 from ronna.tasks.tags import Rules, Scheme, Span, best_tags, rules_of, spans_of, tag_names, tags_of
+from ronna.tasks.truncation import WINDOWED, count, keep_rows
 from ronna.tasks.words import Sentence, joined, read_sentence, words_of
 from ronna.text.tokenizer import EncodedWords, Tokenizer
 
@@ -39,7 +41,7 @@ OVERLAP = 4  # a window shares this part of its tokens with the next
 class TagConfig(Config):
     kind: Literal["tag"] = "tag"
     scheme: Scheme = "bio"  # the tags that are learnt; data may have others
-    truncation: Literal["window", "refuse"] = "window"  # of sentences longer than train.length
+    truncation: Literal["window", "drop", "refuse"] = "window"  # of sentences longer than train.length
     crf: bool = False  # learn which tags follow which, and score a sentence's tags as a whole
 
 
@@ -149,25 +151,19 @@ class Tag(Task):
 
     # From rows to examples
 
-    def encode(self, rows: Sequence[Sentence], accounts: dict[str, int] | None = None) -> list[Example]:
-        """Tokenize by words; a sentence over the length becomes windows that overlap, and is counted."""
+    def encode(
+        self, rows: Sequence[Sentence], accounts: dict[str, int] | None = None, *, training: bool = False
+    ) -> list[Example]:
+        """Tokenize by words; a sentence over the length becomes windows that overlap, or is dropped or refused."""
         examples = []
         for at in range(0, len(rows), 1024):
             some = rows[at : at + 1024]
             tokens = self.tokenizer.encode_words([r.text for r in some], [r.words for r in some])
             examples += [self.example(row, t) for row, t in zip(some, tokens, strict=True)]
-        long = [i for i, example in enumerate(examples) if len(example.pieces) > 1]
-        if long and self.config.truncation == "refuse":
-            raise RonnaError(
-                f"{len(long)} sentences are longer than {self.length} tokens, the first is row {long[0] + 1}",
-                fix="raise train.length, or set task.truncation=window",
-            )
-        if accounts is not None:
-            accounts["windowed"] = accounts.get("windowed", 0) + len(long)
-            accounts["entities that began with I"] = accounts.get("entities that began with I", 0) + sum(
-                row.repaired for row in rows
-            )
-        return examples
+        long = {WINDOWED: [len(example.pieces) > 1 for example in examples]}
+        kept = keep_rows(self.config.truncation, long, self.length, accounts, training=training)
+        count(accounts, {"entities that began with I": [row.repaired for row in rows]})
+        return list(compress(examples, kept))
 
     def example(self, row: Sentence, tokens: EncodedWords) -> Example:
         target = None

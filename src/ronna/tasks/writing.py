@@ -24,8 +24,6 @@ from ronna.objectives.base import Batch, Loss, Sample, collate, predicted_states
 from ronna.tasks.base import Task, like_lengths
 from ronna.text.tokenizer import Tokenizer
 
-ROOM = "raise train.length, or leave long rows out with task.truncation=drop"
-
 
 class Ends(NamedTuple):
     """Tokens that a written text begins after and ends with."""

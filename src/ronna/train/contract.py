@@ -11,7 +11,7 @@ from torch import Tensor
 from ronna.base.errors import RonnaError
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Objective, Sample, collate, last_states
+from ronna.objectives.base import Batch, Objective, Sample, collate, last_states, of_whole_batch
 from ronna.train.loop import gradients
 
 SAMPLES = 8  # of the first batch, enough for every check
@@ -25,8 +25,9 @@ class Check:
     fix: str = ""
 
 
-def check_start(model: Transformer, objective: Objective, samples: list[Sample]) -> list[Check]:
-    """All checks that need no optimizer step, on samples of the first batch; later ones need earlier ones."""
+def check_start(model: Transformer, objective: Objective, micros: list[list[Sample]]) -> list[Check]:
+    """All checks that need no optimizer step, on the micro-batches of the first step; later ones need earlier ones."""
+    samples = [sample for micro in micros for sample in micro]
     if not samples:
         return [Check("supervision", False, "the first batch has no sample", "look at the data with `data inspect`")]
     together = getattr(objective, "together", 1)
@@ -39,7 +40,8 @@ def check_start(model: Transformer, objective: Objective, samples: list[Sample])
         with still(model, model.compute):  # the leak in the precision, and so with the kernel, of the run
             checks.append(no_leak(model, objective, few))
         with still(model, torch.float32):
-            checks.append(accumulation(model, objective, few))
+            whole = of_whole_batch(objective)  # samples of an item are in need of each other then
+            checks.append(accumulation(model, objective, next(filter(None, micros)) if whole else few))
     return checks
 
 
@@ -141,8 +143,6 @@ def disturbed(batch: Batch, vocab: int) -> Batch:
 
 def accumulation(model: Transformer, objective: Objective, samples: list[Sample]) -> Check:
     """The gradient of a batch must not depend on how it is cut into micro-batches."""
-    if getattr(objective, "whole_batch", False):
-        return Check("accumulation", True, "the loss is of a whole batch, which is never cut")
     first = getattr(objective, "together", 1)
     if len(samples) <= first:
         return Check("accumulation", True, "a single item")

@@ -17,7 +17,7 @@ from ronna.base.config import Config
 from ronna.base.device import resident_bytes, seed_for
 from ronna.base.errors import RonnaError
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Objective, Totals
+from ronna.objectives.base import Batch, Loss, Objective, Totals, WholeBatch, of_whole_batch
 from ronna.train.optim import clip_gradients
 from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import Schedule, lr_scale, set_lr
@@ -127,14 +127,42 @@ def gradients(model: Transformer, objective: Objective, batches: list[Batch], se
         for term, n in batch.counts.items():
             counts[term] = counts.get(term, 0) + n
     totals = Totals(counts=counts)
+    if len(batches) > 1 and of_whole_batch(objective):
+        cached_gradients(model, objective, batches, seed, totals)
+        return totals
     for i, batch in enumerate(batches):
         torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)
-        loss = objective.loss(model, batch)
-        terms = [total / counts[term] for term, total in loss.sums.items() if counts[term]]
-        if terms:
-            torch.stack(terms).sum().backward()
-        totals.add(loss.sums | loss.stats, {})
+        backward(objective.loss(model, batch), totals)
     return totals
+
+
+def backward(loss: Loss, totals: Totals) -> None:
+    """Add the gradient of the terms' means to the parameters, and their sums to the totals, whose counts divide."""
+    terms = [total / totals.counts[term] for term, total in loss.sums.items() if totals.counts[term]]
+    if terms:
+        torch.stack(terms).sum().backward()
+    totals.add(loss.sums | loss.stats, {})
+
+
+def cached_gradients(
+    model: Transformer, objective: WholeBatch, batches: list[Batch], seed: int, totals: Totals
+) -> None:
+    """`gradients` where the loss is of all micro-batches together: GradCache (Gao et al. 2021).
+
+    The vectors of all, the loss and its gradient for each vector; then each micro-batch once more, with that gradient
+    fed in. Only one micro-batch's activations are held at a time, for twice the forward passes.
+    """
+
+    def vectors(i: int) -> Tensor:
+        torch.manual_seed(seed_for(seed, i))  # the same dropout both times
+        return objective.vectors(model, batches[i])
+
+    # With a graph, which goes at once: without one other kernels would compute, and round otherwise.
+    leaves = [vectors(i).detach().requires_grad_() for i in range(len(batches))]
+    backward(objective.loss_of(torch.cat(leaves), batches), totals)
+    for i, leaf in enumerate(leaves):
+        if leaf.grad is not None:
+            vectors(i).backward(leaf.grad)
 
 
 @dataclass

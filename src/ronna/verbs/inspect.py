@@ -19,12 +19,23 @@ from ronna.tasks.classify import detect_problem
 from ronna.tasks.labels import label_name
 from ronna.tasks.relation import MARKED, SPANS
 from ronna.tasks.schema import Columns, overlap
+from ronna.tasks.seq2seq import USUAL as WRITTEN
 from ronna.tasks.span_qa import unfold
 from ronna.tasks.table import TASKS
 from ronna.tasks.words import PIECE
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+# Columns of texts that are made of others: source and target.
+SOURCE_TARGET = [("source", "target"), ("src", "tgt"), ("input", "target"), ("input", "output")]
+SOURCE_TARGET += [(text, made) for made in ("summary", "highlights", "translation") for text in WRITTEN.texts]
+CLASSES = {"label", "labels", "score", "class", "sentiment", "rating", "intent"}  # beside them a summary is a detail
+# Codes and names of languages that columns are called after; `id` and `no` usually mean something else.
+LANGUAGES = frozenset(
+    "ar bg bn ca cs da de el en es et fa fi fr he hi hr hu it ja ko lt lv ms nl pl pt ro ru sk sl sr sv ta th tr uk ur "
+    "vi zh arabic chinese czech dutch english french german hindi italian japanese korean polish portuguese russian "
+    "spanish turkish vietnamese".split()
+)
 GRAM = 13  # words in a row, or characters of scripts without spaces, that two texts do not share by chance
 
 
@@ -59,14 +70,14 @@ def inspect_split(paths: list[Path], run: InspectRun, tokenizer: Tokenizer | Non
     fields: Counter[str] = Counter()
     task: str | None = None
     columns: Columns | None = None
+    named = False
     texts: list[str] = []
     rows: list[Row] = []
     labels: list[Any] = []
     for record in bad_aside(paths, bad):
         fields.update(f"{name}: {type(value).__name__}" for name, value in record.fields.items())
         if task is None:
-            task = recognise_task(record)
-            columns = guess(TASKS[task], record, run)
+            task, columns, named = recognised(record, run)
         if columns is None:
             continue
         try:
@@ -84,24 +95,51 @@ def inspect_split(paths: list[Path], run: InspectRun, tokenizer: Tokenizer | Non
         "rows": bad.summary(),
         "fields": dict(fields),
         "columns": columns._asdict() if columns else None,
+        "columns_to_name": named,
         "characters": quantiles(map(len, texts)),
         "scripts": scripts(texts),
         "duplicates": len(texts) - len(set(texts)),
     }
     if tokenizer is not None:
         report["tokens"] = quantiles(len(ids) for ids in tokenizer.encode_batch(texts))
+        if task == "seq2seq":
+            report["target_tokens"] = quantiles(len(ids) for ids in tokenizer.encode_batch(labels))
     if labels and task is not None:
         report |= {"task": task, **label_counts(task, labels)}
     return report, texts
 
 
 def bad_aside(paths: list[Path], bad: BadRows) -> Iterator[Record]:
-    """Records, questions each by itself."""
-    return unfolded(TASKS["span_qa"], read_records(paths, bad=bad), bad)
+    """Records, questions and translations each by itself."""
+    questions = unfolded(TASKS["span_qa"], read_records(paths, bad=bad), bad)
+    return unfolded(TASKS["seq2seq"], questions, bad)
 
 
-def recognise_task(record: Record) -> str:
-    """The task that a record looks like it was made for."""
+def recognised(record: Record, run: InspectRun) -> tuple[str, Columns | None, bool]:
+    """The task that a record looks like it was made for, its columns, and whether these must be named to be found."""
+    task = recognise_task(record, run)
+    text, label = (text_to_text(record, run) or (None, None)) if task == "seq2seq" else (run.text, run.label)
+    columns = guess(TASKS[task], record, text, label)
+    return task, columns, columns != guess(TASKS[task], record, None, None)
+
+
+def text_to_text(record: Record, run: InspectRun) -> tuple[str, str] | None:
+    """Columns of a source and of what is made of it; of two languages the first is the source, unless the user says
+    otherwise. None where the user names another label than a text."""
+    fields = record.fields
+    texts = [name for name, value in fields.items() if isinstance(value, str)]
+    languages = [name for name in texts if name.lower().replace("_", "-").partition("-")[0] in LANGUAGES]
+    pairs = [(a, b) for a in languages for b in languages if a != b]
+    if len(languages) > 2:  # which two is for the user to say
+        pairs = [pair for pair in pairs if pair == (run.text, run.label)]
+    if not fields.keys() & (CLASSES | {"instruction"}):
+        pairs += [(a, b) for a, b in SOURCE_TARGET if a in texts and b in texts]
+    named = [(a, b) for a, b in pairs if run.text in (None, a) and run.label in (None, b)]
+    return named[0] if named else None
+
+
+def recognise_task(record: Record, run: InspectRun) -> str:
+    """The name of the task alone."""
     fields = record.fields
     if "question" in fields and fields.keys() & {"answers", "answer"} and next(unfold(record), None) is not None:
         return "span_qa"
@@ -111,14 +149,16 @@ def recognise_task(record: Record) -> str:
         return "relation"
     lists = [name for name, value in fields.items() if isinstance(value, list) and name in ("tokens", "words")]
     spans = [name for name in ("entities", "spans") if isinstance(fields.get(name), list)]
-    return "tag" if lists or spans or isinstance(fields.get("label"), dict) else "classify"
+    if lists or spans or isinstance(fields.get("label"), dict):
+        return "tag"
+    return "seq2seq" if text_to_text(record, run) else "classify"
 
 
-def guess(task: type[Task], record: Record, run: InspectRun) -> Columns | None:
+def guess(task: type[Task], record: Record, text: str | None, label: str | None) -> Columns | None:
     try:
-        return task.columns(record, text=run.text, pair=None, label=run.label, labelled=False)
+        return task.columns(record, text=text, pair=None, label=label, labelled=False)
     except RonnaError:
-        if run.text or run.label:
+        if text or label:
             raise
         return None
 
@@ -130,6 +170,9 @@ def label_counts(task: str, labels: list[Any]) -> dict[str, Any]:
             return {"problem": "entity", "labels": ordered(span.type for spans in labels for span in spans)}
         case "span_qa":
             return {"problem": "answer", "labels": ordered("answered" if some else "no answer" for some in labels)}
+        case "seq2seq":
+            lengths = quantiles(map(len, labels)) or {}
+            return {"problem": "text", "labels": {f"characters {name}": n for name, n in lengths.items()}}
         case "relation":
             return {"problem": "relation", "labels": ordered(map(label_name, labels))}
     problem = detect_problem(labels)
@@ -196,8 +239,11 @@ def suggestion(run: InspectRun, report: Mapping[str, Any], overlaps: bool) -> st
     if report["task"] != "classify":
         parts.append(f"--task {report['task']}")
     parts.append(f"--model {run.tokenizer or 'MODEL_FOLDER'} --train {where}")
+    if report["columns_to_name"]:
+        parts.append(f"--text {columns['text']} --label {columns['label']}")
     if report.get("tokens"):
-        parts.append(f"--length {min(512, -(-(report['tokens']['p99'] + 4) // 32) * 32)}")
+        longest = max(report[of]["p99"] for of in ("tokens", "target_tokens") if report.get(of))
+        parts.append(f"--length {min(512, -(-(longest + 4) // 32) * 32)}")
     return " ".join([*parts, *["--allow-overlap"] * overlaps, "--out my-run"])
 
 
