@@ -126,6 +126,25 @@ def test_text_of_others_is_escaped_everywhere(tmp_path):
     assert read(write_comparison(tmp_path, EVIL, [section])).text.count("<script>") >= 9
 
 
+def trial(number, state="complete", value=0.5, **more):
+    settings = {"lr": 10.0**-number, "epochs": number, "batch": 16}
+    ended = {"monitor": "accuracy", "value": value, "seconds": 1.5} if state != "failed" else {"error": EVIL}
+    return {"number": number, "run": "1", "state": state, "settings": settings, **ended, **more}
+
+
+def test_a_search_is_shown_as_a_table_and_a_drawing(tmp_path):
+    trials = [trial(1), trial(2, value=0.8125), trial(3, "stopped", 0.25), trial(4, "failed")]
+    changes = {"search": {"monitor": "accuracy", "best": 2, "trials": trials}}
+    page = read(write_report(tmp_path, build_report(test=scores(), **fields(**changes))))
+    for word in ("Search", "4 trials", "0.01", "0.8125", "stopped", "<script>alert(1)</script>"):
+        assert word in page.text, word
+    assert len(page.images) == 2  # confusion, search
+    found = json.loads((tmp_path / "report.json").read_text())["search"]
+    assert found["trials"][1]["settings"] == {"lr": 0.01, "epochs": 2, "batch": 16} and found["best"] == 2
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('<tr class="best">') == 1 and '<tr class="best"><th scope="row">2</th>' in html
+
+
 def test_numbers_that_are_not_json_become_null(tmp_path):
     changes = {"test": {"loss": math.nan, "accuracy": np.float32(0.5)}, "note": "\ud800", "more": [math.inf]}
     write_report(tmp_path, fields(**changes))

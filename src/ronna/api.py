@@ -15,6 +15,7 @@ from ronna.runfile import (
     PretrainRun,
     TokenizerRun,
 )
+from ronna.search import finetune as _finetune
 from ronna.verbs.doctor import doctor as _doctor
 from ronna.verbs.evaluate import Loaded, load
 from ronna.verbs.evaluate import evaluate as _evaluate
@@ -37,7 +38,7 @@ def pretrain(*, resume: bool = False, **run: Any) -> dict[str, Any]:
 
 def finetune(*, resume: bool = False, **run: Any) -> dict[str, Any]:
     """Train a model for a task on labelled records; returns the report."""
-    return execute(build(FinetuneRun, run, where="finetune()"), resume=resume)
+    return _finetune(build(FinetuneRun, run, where="finetune()"), resume=resume)
 
 
 def prepare(**run: Any) -> dict[str, Any]:

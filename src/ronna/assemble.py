@@ -225,7 +225,30 @@ def set_dropout(model: Transformer, family: Family, config: ModelConfig) -> Tran
 # Fine-tuning
 
 
-def assemble_finetune(run: FinetuneRun) -> Parts:
+@dataclass(frozen=True)
+class Labelled:
+    """What fine-tuning has before there is a model to train: the trials of a search have it in common.
+
+    lengths: (N,) tokens of each training example. used: the token ids in them, in order.
+    """
+
+    folder: Path
+    family: Family
+    cfg: Model
+    tokenizer: Tokenizer
+    task: Task
+    examples: dict[str, list[Any]]  # by split
+    lengths: np.ndarray
+    used: Tensor
+    hashes: dict[str, str]
+    account: dict[str, Any]
+
+    def without_test(self) -> "Labelled":
+        return replace(self, examples={name: some for name, some in self.examples.items() if name != "test"})
+
+
+def read_labelled(run: FinetuneRun) -> Labelled:
+    """The records of every split as the task has them. Raises RonnaError."""
     folder = local_folder(run.model.name)
     family, cfg, tokenizer = starting_point(run.model, folder)  # a mistyped folder should not wait for the data
     kind, splits = TASKS[run.task.kind], resolve_splits(run.data)
@@ -235,7 +258,6 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
     task = kind.learn(run.task, rows["train"], tokenizer, length)
     task = task.on(cfg, read_config_json(folder) if folder.is_dir() else {})
     say(f"task: {task.title}")
-    model = finetune_model(run, folder, family, cfg, task)
     examples: dict[str, list[Any]] = {}
     for name, some in rows.items():
         task.check_labels(some, where=str(splits[name][0]) if splits.get(name) else name)
@@ -255,16 +277,26 @@ def assemble_finetune(run: FinetuneRun) -> Parts:
         fix = "look at the rows with `ronna data inspect`, or raise train.length"
         raise RonnaError("no training row gives anything to learn", where=run.data.train, fix=fix)
     lengths = np.array([sum(map(len, some)) for some in tokens])
+    used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))
     if pieces := task.preview(examples["train"]):
         say_marked("one example, with what is to be learnt marked", pieces)
     # The folder will tell whoever loads it to cut texts where training cut them.
     saved = task.tokenizer.with_max_length(length)
-    parts = Parts(model, family, saved, task, examples["train"], lengths, hashes, account)
+    return Labelled(folder, family, cfg, saved, task, examples, lengths, used, hashes, account)
+
+
+def assemble_finetune(run: FinetuneRun, data: Labelled | None = None) -> Parts:
+    """A model with the task's head on `data`, which is read where it is not given."""
+    data = read_labelled(run) if data is None else data
+    task, examples = data.task, data.examples
+    model = finetune_model(run, data.folder, data.family, data.cfg, task)
+    parts = Parts(
+        model, data.family, data.tokenizer, task, examples["train"], data.lengths, dict(data.hashes), data.account
+    )
     parts.labels, parts.problem_type, parts.folder_keys = task.score_names, task.problem_type, task.folder_keys
-    parts.folder_files = task.folder_files(cfg)
+    parts.folder_files, parts.used = task.folder_files(data.cfg), data.used
     if run.peft is not None:
-        train_adapter(run.peft, run, parts, folder)
-    parts.used = torch.from_numpy(np.unique(np.concatenate([t for some in tokens for t in some])).astype(np.int64))
+        train_adapter(run.peft, run, parts, data.folder)
     held = {name: examples[name] for name in ("validation", "test") if examples.get(name)}
     parts.prepare = partial(prepare, task, model, list(examples.values()))
     parts.evaluate = lambda stop: judge(task, parts.model, held["validation"])
@@ -297,7 +329,11 @@ def train_adapter(method: PeftConfig, run: FinetuneRun, parts: Parts, folder: Pa
 def judge(task: Task, model: Transformer, examples: list[Any]) -> Evaluation:
     values = task.judge(model, examples)
     monitor = next(iter(values))
-    return Evaluation(values, monitor, higher_is_better=monitor != "loss")
+    return Evaluation(values, monitor, higher_is_better(monitor))
+
+
+def higher_is_better(monitor: str) -> bool:
+    return monitor != "loss"
 
 
 def hash_files(paths: Sequence[Path]) -> str:

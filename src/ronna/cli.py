@@ -82,7 +82,7 @@ VERBS: dict[str, Verb] = {
          Flag("--epochs", "train.epochs", "passes over the data", NUMBER), OUT, SEED, DEVICE, *TRAINING),
     ),
     "finetune": Verb(
-        "train a model for a task on labelled records", "FinetuneRun", "ronna.run:execute",
+        "train a model for a task on labelled records", "FinetuneRun", "ronna.search:finetune",
         (Flag("--task", "task.kind", "classify, tag, relation, span_qa, embed, seq2seq, dialogue, dpo"),
          Flag("--model", "model.name", "model folder, or a preset to train from scratch"),
          Flag("--tokenizer", "model.tokenizer", "tokenizer folder of a preset"),
@@ -93,6 +93,7 @@ VERBS: dict[str, Verb] = {
          Flag("--label", "data.label", "of the label"),
          Flag("--epochs", "train.epochs", "passes over the data", NUMBER),
          Flag("--limit", "data.limit", "training rows to use", NUMBER),
+         Flag("--search", "search.trials", "try so many settings on the validation data, keep the best", NUMBER),
          Flag("--scratch", "model.scratch", "new weights, to compare with", "flag"),
          Flag("--allow-overlap", "data.allow_overlap", "accept training texts in held-out data", "flag"),
          Flag("--max-bad-rows", "data.max_bad_rows", "bad rows to set aside before giving up (default 0)", NUMBER),

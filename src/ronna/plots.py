@@ -7,7 +7,7 @@ imported only when something is drawn.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +103,29 @@ def confusion_plot(confusion: Sequence[Sequence[int]], labels: Sequence[str]) ->
     axes.tick_params(axis="x", labeltop=size > 20)
     axes.set(xlabel="predicted", ylabel="gold")
     return _svg(figure), font is not None
+
+
+def search_plot(settings: Mapping[str, Sequence[float]], values: Sequence[float | None], name: str, best: int) -> str:
+    """A panel a setting: the score `name` of each trial against what it had for it, the best one ringed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 * len(settings), 2.4))
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.2})[0]
+    for axes, (setting, tried) in zip(panels, settings.items(), strict=True):
+        axes.scatter(tried, values, color=COLOURS[0], s=22, alpha=0.75, linewidth=0)
+        axes.scatter(tried[best], values[best], s=90, facecolor="none", edgecolor=COLOURS[1], linewidth=1.8)
+        if setting == "lr":
+            ends = sorted({min(tried), max(tried)})
+            axes.set_xscale("log")
+            axes.set_xticks([], minor=True)
+            axes.set_xticks(ends, labels=[f"{end:.1e}" for end in ends])
+        elif len(set(tried)) <= 6:
+            axes.set_xticks(sorted(set(tried)))
+        axes.set_xlabel(setting)
+        axes.grid(color="#e5e7eb", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(name)
+    return _svg(figure)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

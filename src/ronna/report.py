@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from markupsafe import Markup
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
@@ -24,7 +24,7 @@ from ronna import __version__
 from ronna.base.errors import RonnaError
 from ronna.base.track import METRICS_FILE, read_metrics
 from ronna.pages import binary_bytes, duration, metric_text, render
-from ronna.plots import COLOURS, Curve, confusion_plot, loss_plot, rate_plot
+from ronna.plots import COLOURS, Curve, confusion_plot, loss_plot, rate_plot, search_plot
 from ronna.tasks.bootstrap import Metric
 from ronna.tasks.metrics import ClassRow, Scores
 
@@ -83,6 +83,32 @@ class Details(Part):
     notes: tuple[str, ...] = ()
 
 
+class Trial(Part):
+    """One trial of a search, a line of its search.jsonl.
+
+    `value` is the best of `evaluations`, pairs of the share of the run that was done and the score that the task
+    monitors; `run` says of which settings and data the trial was.
+    """
+
+    number: int
+    run: str
+    state: Literal["running", "complete", "stopped", "failed"]
+    settings: dict[str, int | float]
+    monitor: str = ""
+    value: float | None = None
+    seconds: float | None = None  # of training
+    evaluations: tuple[tuple[float, float], ...] = ()
+    error: str | None = None
+
+
+class Search(Part):
+    """The trials of a search; `best` is the number of the one that became the run."""
+
+    monitor: str
+    best: int
+    trials: tuple[Trial, ...]
+
+
 class Report(Part):
     """What report.json holds; make one with `build_report`."""
 
@@ -96,6 +122,7 @@ class Report(Part):
     train: Train | None = None
     memory: Memory = Memory()
     data: Data = Data()
+    search: Search | None = None
     config_hash: str
     versions: dict[str, str]
 
@@ -221,6 +248,7 @@ def write_report(out: Path, report: Report | Mapping[str, Any]) -> Path:
         heat_map=heat_map,
         named=named,
         confused=_most_confused(details) if details else [],
+        scatter=_scatter(report.search) if report.search else None,
         run_toml=run_toml.read_text(encoding="utf-8", errors="replace") if run_toml.exists() else None,
     )
     _write(out / "report.json", _json(report))
@@ -338,6 +366,14 @@ def _plots(runs: Sequence[Curves | None]) -> dict[str, str | None]:
         "loss": _image(loss_plot(*zip(*loss, strict=True))) if drawn else None,
         "rate": _image(rate_plot(rates, relative)) if any(rates) else None,
     }
+
+
+def _scatter(search: Search) -> str:
+    """The score of every trial that has one, against each of its settings."""
+    known = [trial for trial in search.trials if trial.value is not None]
+    settings = {name: [trial.settings[name] for trial in known] for name in search.trials[0].settings}
+    best = [trial.number for trial in known].index(search.best)
+    return _image(search_plot(settings, [trial.value for trial in known], search.monitor, best))
 
 
 def _share_of_peak(curve: Curve) -> Curve:

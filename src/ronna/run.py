@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ronna.assemble import Parts, assemble_finetune, assemble_pretrain
+from ronna.assemble import Labelled, Parts, assemble_finetune, assemble_pretrain
 from ronna.base.config import dump_toml
 from ronna.base.device import (
     choose_device,
@@ -44,7 +44,7 @@ from ronna.train.schedule import lr_scale
 AnyRun = PretrainRun | FinetuneRun
 
 # What may change between a run and its resumption without changing a single weight.
-FREE = {"out": True, "device": True, "track": True, "train": {"log_every", "keep", "save_every"}}
+FREE = {"out": True, "device": True, "track": True, "search": True, "train": {"log_every", "keep", "save_every"}}
 
 
 def identity(run: AnyRun) -> str:
@@ -84,6 +84,10 @@ class Training:
 
     def execute(self) -> dict[str, Any]:
         """Train, test, save; returns the report. Raises Interrupted when asked to stop (everything is saved)."""
+        return self.finish(self.train())
+
+    def train(self, give_up: Callable[[Progress], bool] | None = None) -> Progress:
+        """Train to the end, or until `give_up` says so after an evaluation; the best model lies in the folder then."""
         parts, run = self.parts, self.run
         progress = self.restore()
         for note in self.notes:
@@ -127,7 +131,7 @@ class Training:
             loop = Run(
                 parts.model, parts.objective, self.feed, optimizers, run.schedule, run.train, self.total_steps,
                 run.seed, tracker, progress, parts.evaluate, save,
-                self.keep_best if isinstance(run, FinetuneRun) else None, saved_step=progress.step, rows=rows,
+                self.keep_best if isinstance(run, FinetuneRun) else None, give_up, saved_step=progress.step, rows=rows,
             )  # fmt: skip
             loop.hooks += [hook for hook in (self.heap, self.allocator) if hook is not None]
             if self.allocator is not None:
@@ -135,8 +139,7 @@ class Training:
             if progress.step == 0:
                 peak = float(optimizers[0].param_groups[0]["initial_lr"])
                 loop.hooks.append(FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps)))
-            progress = loop.train()
-        return self.finish(progress)
+            return loop.train()
 
     def restore(self) -> Progress:
         """Weights and counters of the newest whole checkpoint, if this is a resumption that has one."""
@@ -169,8 +172,8 @@ class Training:
         os.rename(fresh, final)
         shutil.rmtree(old, ignore_errors=True)
 
-    def finish(self, progress: Progress) -> dict[str, Any]:
-        """Test the model that is kept, and write the report."""
+    def finish(self, progress: Progress, **more: Any) -> dict[str, Any]:
+        """Test the model that is kept, and write the report; `more` are further fields of it."""
         if progress.best is None or isinstance(self.run, PretrainRun):
             self.keep_best()
         cfg = self.parts.model.cfg
@@ -198,6 +201,7 @@ class Training:
             config_hash=self.hashes["config"],
             evaluations=progress.history,
             parameters=cfg.params(),
+            **more,
         )
         write_report(self.out, report)
         return report.model_dump(mode="json")
@@ -215,8 +219,9 @@ def training_account(p: Progress) -> dict[str, Any]:
     }
 
 
-def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
-    """Everything of a run but the running: data read, model built, on the device, in the chosen precision."""
+def prepare_run(run: AnyRun, *, resume: bool = False, data: Labelled | None = None) -> Training:
+    """Everything of a run but the running: data read, unless it is given; model built, on the device, in the chosen
+    precision."""
     out = Path(run.out)
     if (out / "metrics.jsonl").exists() and not resume:
         raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
@@ -224,7 +229,7 @@ def prepare_run(run: AnyRun, *, resume: bool = False) -> Training:
     device = choose_device(run.device)
     heap = Heap() if device.type == "cpu" else None
     dtype, reason = choose_precision(run.train.precision, device)
-    parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run)
+    parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run, data)
     parts.model.compute = dtype
     parts.model.to(device)
     if parts.prepare is not None:

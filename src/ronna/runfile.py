@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from ronna.base.config import Config, Tree
 from ronna.base.track import WandbConfig
@@ -67,6 +67,23 @@ class RecordsConfig(Config):
     allow_overlap: bool = False  # rows of train that also stand in validation or test
 
 
+Setting = Literal["lr", "epochs", "batch", "rank"]
+Ends = tuple[PositiveFloat, PositiveFloat]
+Choices = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class SearchConfig(Config):
+    """Trials of other settings, compared on the validation data. Ranges that nobody gives lie around the run's own."""
+
+    trials: int = Field(ge=1)
+    over: Annotated[tuple[Setting, ...], Field(min_length=1)] | None = None  # None: all of them that the run has
+    lr: Ends | None = None  # None: a quarter of the run's to four times
+    epochs: Ends | None = None  # whole numbers where both ends are; None: 1 to twice the run's
+    batch: Choices | None = None  # None: half the run's, the same, twice
+    rank: Choices | None = None  # of the adapter; None: half the run's, the same, twice, four times
+    prune: bool = True  # stop a trial that is behind most others
+
+
 class PretrainRun(Config):
     verb: Literal["pretrain"] = "pretrain"
     out: str
@@ -101,6 +118,7 @@ class FinetuneRun(Config):
     optim: OptimizerConfig = AdamW(lr=FULL, betas=(0.9, 0.999), weight_decay=0.01)  # lr: by method and task
     schedule: Schedule = Linear(warmup=0.06)
     train: TrainConfig = TrainConfig(epochs=3)
+    search: SearchConfig | None = None
     track: TrackConfig = TrackConfig()
 
     @classmethod

@@ -173,6 +173,16 @@ def test_patience_stops_at_the_best():
     assert best == [2, 4] and progress.step == 8 and progress.best_step == 4
 
 
+def test_a_run_may_be_given_up_after_an_evaluation_and_is_saved():
+    saved: list[int] = []
+    training = run(tiny(), steps=12, config=TrainConfig(batch=8, evaluate_every=2, save_every=100))
+    training.evaluate = lambda stop: Evaluation({"accuracy": 0.5}, "accuracy", True)
+    training.give_up = lambda progress: progress.step >= 5
+    training.save = lambda progress: saved.append(progress.step)
+    progress = training.train()
+    assert progress.step == 6 and saved == [6] and progress.monitor == "accuracy"
+
+
 def test_an_undefined_score_does_not_stop_a_run_from_being_saved():
     training = run(tiny(), steps=1, config=TrainConfig(batch=8, evaluate_every=1))
     training.evaluate = lambda stop: Evaluation({"spearman": -math.inf, "loss": math.nan}, "spearman", True)

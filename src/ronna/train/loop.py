@@ -54,6 +54,7 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    monitor: str = ""  # the score that evaluations are compared by
     best: float | None = None
     best_step: int = 0
     since_best: int = 0
@@ -88,6 +89,10 @@ class Evaluation:
 
 class Log(Protocol):
     def log(self, step: int, values: dict[str, float], kind: str = "train") -> None: ...
+
+
+class Diverged(RonnaError):
+    """The losses or gradients of a run stay non-finite."""
 
 
 class Interrupted(Exception):
@@ -195,6 +200,7 @@ class Run:
     evaluate: Callable[[Callable[[], bool]], Evaluation | None] | None = None  # given a way to ask whether to stop
     save: Callable[[Progress], None] | None = None
     improved: Callable[[], None] | None = None
+    give_up: Callable[[Progress], bool] | None = None  # asked after each evaluation
     hooks: list[Callable[[int], None]] = field(default_factory=list)
     saved_step: int = -1
     rows: EmbeddingRows | None = None  # what the optimizers train of the token table; None: all of it
@@ -206,7 +212,7 @@ class Run:
     def train(self) -> Progress:
         """Train to the end, early stop or interruption.
 
-        Raises Interrupted after saving when asked to stop, RonnaError when losses stay non-finite.
+        Raises Interrupted after saving when asked to stop, Diverged when losses stay non-finite.
         """
         p, window = self.progress, Window()
         log_every = self.config.log_every or max(1, self.total_steps // 50)
@@ -265,7 +271,7 @@ class Run:
         p.skipped_in_a_row += 1
         self.log.log(p.step, {"gradient_norm": float(norm)}, kind="skipped")
         if p.skipped_in_a_row >= self.config.max_skipped:
-            raise RonnaError(
+            raise Diverged(
                 f"{p.skipped_in_a_row} steps in a row had no finite gradient",
                 where=f"step {p.step}",
                 fix="lower optim.lr, use train.precision=fp32, or look at the data of these steps",
@@ -280,7 +286,7 @@ class Run:
         self.log.log(p.step, values)
 
     def judge(self, stop: Callable[[], bool]) -> bool:
-        """Evaluate unless this step has been evaluated before a restart; True when patience is at its end."""
+        """Evaluate unless this step has been evaluated before a restart; True when it is time to stop."""
         p = self.progress
         if self.evaluate is not None and not (p.history and p.history[-1]["step"] == p.step):
             evaluation = self.evaluate(stop)
@@ -289,13 +295,16 @@ class Run:
                 return False
             self.log.log(p.step, evaluation.scores, kind="validation")
             p.history.append({"step": p.step, **evaluation.scores})
+            p.monitor = evaluation.monitor
             if p.best is None or evaluation.merit > p.best:
                 p.best, p.best_step, p.since_best = evaluation.merit, p.step, 0
                 if self.improved is not None:
                     self.improved()
             else:
                 p.since_best += 1
-        return self.config.patience is not None and p.since_best >= self.config.patience
+        if self.config.patience is not None and p.since_best >= self.config.patience:
+            return True
+        return self.give_up is not None and self.give_up(p)
 
     def keep(self) -> None:
         if self.save is not None and self.progress.step != self.saved_step:
