@@ -142,6 +142,24 @@ OTHERS = {
 }
 
 
+TALKS = {
+    "messages": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]}, "dialogue"),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "bc"}]}, "dialogue"),
+    "turns": ({"dialog": ["a", "bc"], "label": 1}, "dialogue"),
+    "alpaca": ({"instruction": "a", "input": "", "output": "bc"}, "dialogue"),
+    "completion": ({"prompt": "a", "completion": "bc"}, "dialogue"),
+    "no context": ({"question": "a", "answer": "bc"}, "dialogue"),
+    "choices": ({"prompt": "a", "chosen": "bc", "rejected": "c"}, "dpo"),
+}
+
+
+@pytest.mark.parametrize("case", TALKS)
+def test_data_inspect_knows_conversations(case, tmp_path, capsys):
+    row, task = TALKS[case]
+    report, command = inspected(tmp_path, capsys, row, "")
+    assert report["task"] == task and report["labels"]["characters p100"] == 2 and f"--task {task} " in command
+
+
 def inspected(tmp_path, capsys, row, flags: str) -> tuple[dict, str]:
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["data", "inspect", str(tmp_path), "--json", *flags.split()]) == 0

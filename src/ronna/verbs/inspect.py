@@ -16,7 +16,9 @@ from ronna.data.sources import Record, find_splits, read_records, resolve
 from ronna.runfile import InspectRun
 from ronna.tasks.base import Row, Task, unfolded
 from ronna.tasks.classify import detect_problem
+from ronna.tasks.conversation import ANSWERED, ASKED, LISTS
 from ronna.tasks.labels import label_name
+from ronna.tasks.preference import PAIRS
 from ronna.tasks.relation import MARKED, SPANS
 from ronna.tasks.schema import Columns, overlap
 from ronna.tasks.seq2seq import USUAL as WRITTEN
@@ -29,6 +31,7 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Columns of texts that are made of others: source and target.
 SOURCE_TARGET = [("source", "target"), ("src", "tgt"), ("input", "target"), ("input", "output")]
 SOURCE_TARGET += [(text, made) for made in ("summary", "highlights", "translation") for text in WRITTEN.texts]
+WRITES = ("seq2seq", "dialogue", "dpo")  # what is to be learnt is a text
 CLASSES = {"label", "labels", "score", "class", "sentiment", "rating", "intent"}  # beside them a summary is a detail
 # Codes and names of languages that columns are called after; `id` and `no` usually mean something else.
 LANGUAGES = frozenset(
@@ -102,7 +105,7 @@ def inspect_split(paths: list[Path], run: InspectRun, tokenizer: Tokenizer | Non
     }
     if tokenizer is not None:
         report["tokens"] = quantiles(len(ids) for ids in tokenizer.encode_batch(texts))
-        if task == "seq2seq":
+        if task in WRITES:
             report["target_tokens"] = quantiles(len(ids) for ids in tokenizer.encode_batch(labels))
     if labels and task is not None:
         report |= {"task": task, **label_counts(task, labels)}
@@ -141,6 +144,10 @@ def text_to_text(record: Record, run: InspectRun) -> tuple[str, str] | None:
 def recognise_task(record: Record, run: InspectRun) -> str:
     """The name of the task alone."""
     fields = record.fields
+    if any(all(name in fields for name in pair) for pair in PAIRS):
+        return "dpo"
+    if talks(fields) and run.text in (None, *LISTS, *ASKED):
+        return "dialogue"
     if "question" in fields and fields.keys() & {"answers", "answer"} and next(unfold(record), None) is not None:
         return "span_qa"
     if any(all(name in fields for name in pair) for pair in SPANS):
@@ -152,6 +159,16 @@ def recognise_task(record: Record, run: InspectRun) -> str:
     if lists or spans or isinstance(fields.get("label"), dict):
         return "tag"
     return "seq2seq" if text_to_text(record, run) else "classify"
+
+
+def talks(fields: Mapping[str, Any]) -> bool:
+    """Messages or turns, an instruction with what was made of it, a prompt with its completion, or a question whose
+    answer stands in no context."""
+    if any(isinstance(fields.get(name), list) and len(fields[name]) > 1 for name in LISTS):
+        return True
+    asked = [name for name in ("instruction", "prompt") if isinstance(fields.get(name), str)]
+    asked += ["question"] if "question" in fields and not fields.keys() & {"context", "passage", "paragraph"} else []
+    return bool(asked) and any(isinstance(fields.get(name), str) for name in ANSWERED)
 
 
 def guess(task: type[Task], record: Record, text: str | None, label: str | None) -> Columns | None:
@@ -170,7 +187,7 @@ def label_counts(task: str, labels: list[Any]) -> dict[str, Any]:
             return {"problem": "entity", "labels": ordered(span.type for spans in labels for span in spans)}
         case "span_qa":
             return {"problem": "answer", "labels": ordered("answered" if some else "no answer" for some in labels)}
-        case "seq2seq":
+        case name if name in WRITES:
             lengths = quantiles(map(len, labels)) or {}
             return {"problem": "text", "labels": {f"characters {name}": n for name, n in lengths.items()}}
         case "relation":
