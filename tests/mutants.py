@@ -237,6 +237,41 @@ MUTANTS = [
         "self.sensitivity.copy_(now)",
         "tests/peft/test_adalora.py::test_importance_and_what_is_kept_are_those_of_the_peft_library",
     ),
+    Mutant(
+        "loss over what the user says",
+        "tasks/dialogue.py",
+        "made.append(Tokens(e.ids, said[owner]))",
+        "made.append(Tokens(e.ids, said[owner] | True))",
+        "tests/tasks/test_dialogue.py::test_only_what_the_assistant_says_and_its_end_is_learnt[tiny_chat]",
+    ),
+    Mutant(
+        "another prompt at use than in training",
+        "tasks/dialogue.py",
+        "text, parts, done = self.template.render(messages, reply=True), [], 0",
+        "text, parts, done = self.template.render(messages, reply=False), [], 0",
+        "tests/tasks/test_dialogue.py::test_tokens_at_training_are_tokens_at_use_and_those_of_transformers[tiny_chat]",
+    ),
+    Mutant(
+        "a target without its end",
+        "tasks/seq2seq.py",
+        "labels = np.append(target, self.ends.eos[0])",
+        "labels = np.append(target, target[-1])",
+        "tests/tasks/test_seq2seq.py::test_an_encoder_decoder_reads_the_source_and_learns_the_target_and_its_end",
+    ),
+    Mutant(
+        "a reference that learns too",
+        "tasks/preference.py",
+        "gained = (self.sequence_log_probs(model, batch) - batch.targets.float()).view(-1, 2)",
+        "gained = self.sequence_log_probs(model, batch).view(-1, 2)",
+        "tests/tasks/test_preference.py::test_the_loss_is_dpo_s",
+    ),
+    Mutant(
+        "smoothing left out of the gradient",
+        "model/loss.py",
+        "tile.copy_(p.sub_(even) if smoothing else p)",
+        "tile.copy_(p)",
+        "tests/model/test_loss.py::test_smoothed_loss_is_that_of_torch[one tile]",
+    ),
 ]
 
 
