@@ -346,10 +346,15 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 def starting_point(config: StartConfig, folder: Path) -> tuple[Family, Model, Tokenizer]:
     """Family, shape and tokenizer of a folder, or of a preset with the user's tokenizer."""
-    if folder.is_dir() or config.tokenizer is None:
-        if folder.is_dir() or config.name not in PRESETS:
-            refuse_settings(config)
-            return *read_config(folder), load_tokenizer(config.tokenizer or folder)
+    if folder.is_dir():
+        refuse_settings(config)
+        if config.tokenizer is not None:
+            fix = "leave it out, or name a preset as the model"
+            raise RonnaError("a model folder has a tokenizer of its own", where="model.tokenizer", fix=fix)
+        return *read_config(folder), load_tokenizer(folder)
+    if config.tokenizer is None:
+        if config.name not in PRESETS:
+            read_config(folder)  # which says that there is no such folder
         fix = "name a folder with one: --tokenizer FOLDER"
         raise RonnaError(f"the preset {config.name} has no tokenizer of its own", where="model.tokenizer", fix=fix)
     tokenizer = load_tokenizer(config.tokenizer)

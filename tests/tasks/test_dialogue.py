@@ -217,7 +217,7 @@ def test_a_template_without_an_end_is_refused(tiny_gpt, tmp_path):
 
 
 def test_models_and_tokenizers_that_cannot_converse_are_refused(tiny_bert, tiny_t5):
-    with pytest.raises(RonnaError, match="no token to end an answer"):
+    with pytest.raises(RonnaError, match="needs a model with a decoder"):
         task(tiny_bert)
     with pytest.raises(RonnaError, match="no conversation to continue"):
         task(tiny_t5)

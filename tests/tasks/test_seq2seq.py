@@ -130,10 +130,12 @@ def test_smoothing_is_for_training_alone(tiny_t5):
 
 
 def test_a_task_to_write_needs_a_decoder_and_an_end(tiny_bert, tiny_t5):
-    with pytest.raises(RonnaError, match="no token to end"):
-        task(tiny_bert)
     with pytest.raises(RonnaError, match="needs a model with a decoder"):
-        task(tiny_t5).classifier(*read_config(tiny_bert))
+        task(tiny_bert)
+    with pytest.raises(RonnaError, match="no token to end"):
+        Seq2Seq(load_tokenizer(tiny_bert), 32, Seq2SeqConfig(), "13a").on(read_config(tiny_t5)[1], {})
+    with pytest.raises(RonnaError, match="a tokenizer of its own"):
+        ronna.finetune(out="x", model={"name": str(tiny_t5), "tokenizer": str(tiny_bert)}, data={"train": "y"})
 
 
 # Runs

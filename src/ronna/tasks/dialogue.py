@@ -80,6 +80,7 @@ class Dialogue(Writing):
         return cls(templated(tokenizer, None), length, own)
 
     def on(self, model: Model, config: Mapping[str, Any]) -> Self:
+        super().on(model, config)
         if model.encoder is not None:
             fix = "use a decoder such as GPT-2 or Llama, or --task seq2seq"
             raise RonnaError("an encoder-decoder has no conversation to continue", where="model.name", fix=fix)
@@ -242,7 +243,4 @@ def templated(tokenizer: Tokenizer, path: str | None) -> Tokenizer:
     marks = [tokenizer.token_to_id(mark) for mark in ("<|im_start|>", "<|im_end|>")]
     if all(i is not None and tokenizer.is_special[i] for i in marks):
         return tokenizer.with_chat_template(CHATML)
-    if tokenizer.eos_id is None:
-        fix = "use a tokenizer with one, such as `ronna tokenizer train --kind bpe`"
-        raise RonnaError("the tokenizer has no token to end an answer with", where="model", fix=fix)
     return tokenizer.with_chat_template(PLAIN)

@@ -119,9 +119,7 @@ class Seq2Seq(Writing):
         return cls(tokenizer, length, own, "13a")
 
     def on(self, model: Model, config: Mapping[str, Any]) -> Self:
-        if self.tokenizer.eos_id is None:
-            fix = "use a tokenizer with one, such as `ronna tokenizer train --kind bpe`"
-            raise RonnaError("the tokenizer has no token to end a text with", where="model", fix=fix)
+        super().on(model, config)
         if model.encoder is None:
             return replace(self, reads=False, start=None)
         start = config.get("decoder_start_token_id", self.tokenizer.pad_id)

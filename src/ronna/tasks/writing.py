@@ -5,10 +5,10 @@ Legend: L tokens, M predicted positions.
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -72,10 +72,17 @@ class Writing(Task):
     def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of what the model reads before it writes, for plain texts."""
 
-    def classifier(self, family: Family, model: Model) -> None:
+    def on(self, model: Model, config: Mapping[str, Any]) -> Self:
         if model.decoder is None or model.head is None:
             fix = "fine-tune a GPT or T5 folder, or a preset such as transformer-tiny"
             raise RonnaError(f"the task {self.kind} needs a model with a decoder", where="model.name", fix=fix)
+        if self.tokenizer.eos_id is None:
+            fix = "use a tokenizer with one, such as `ronna tokenizer train --kind bpe`"
+            raise RonnaError("the tokenizer has no token to end a text with", where="model", fix=fix)
+        return self
+
+    def classifier(self, family: Family, model: Model) -> None:
+        """None: the vocabulary head is all it needs."""
 
     @property
     def folder_keys(self) -> dict[str, Any]:
