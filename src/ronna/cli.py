@@ -109,7 +109,8 @@ VERBS: dict[str, Verb] = {
     "predict": Verb(
         "records in, records with predictions out, streaming", "PredictRun", "ronna.verbs.evaluate:predict",
         (Flag("--model", "model", "model folder"), Flag("--input", "input", "file, or - for standard input"),
-         Flag("--output", "output", "file, or - for standard output"), *COLUMNS,
+         Flag("--output", "output", "file, or - for standard output"),
+         Flag("--relations", "relations", "relation folder: triples of the entities that --model finds"), *COLUMNS,
          Flag("--length", "length", "most tokens of a sequence", NUMBER), DEVICE, PRECISION, BAD_ROWS),
     ),
     "generate": Verb(

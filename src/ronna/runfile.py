@@ -194,6 +194,8 @@ class PredictRun(UseOnRecords):
     input: str = "-"
     output: str = "-"
     batch: int = Field(256, ge=1)  # records read at a time
+    relations: str | None = None  # a folder of the relation task, asked of the entities that a tag folder finds
+    pairs: int = Field(200, ge=1)  # of entities of a record, at most: the nearest ones
 
 
 class GenerateRun(Use):

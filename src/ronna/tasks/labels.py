@@ -1,11 +1,15 @@
 """Labels as people write them."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow
+
+DIRECTION = re.compile(r"\((e1,e2|e2,e1)\)$")
+NO_RELATION = {"other", "no_relation", "norelation", "na", "none", "unknown", "无", "无关系", "未知"}
 
 
 def usable_label(label: Any, column: str) -> Any:
@@ -38,3 +42,18 @@ def check_known(labels: Iterable[str], known: Sequence[str], where: str) -> None
                 where=where,
                 fix="correct it, or add training rows that have it",
             )
+
+
+class NamedRelation(NamedTuple):
+    """What a label says of two entities e1 and e2."""
+
+    kind: str | None  # None: no relation
+    order: str | None  # "e1,e2" or "e2,e1", which is head and which is tail; None: the label does not say
+
+
+def named_relation(label: str) -> NamedRelation:
+    """R and its direction, of R(e1,e2), R(e2,e1) or R."""
+    found = DIRECTION.search(label)
+    kind = label[: found.start()] if found else label
+    none = kind.lower().replace("-", "_") in NO_RELATION
+    return NamedRelation(None if none else kind, found[1] if found else None)

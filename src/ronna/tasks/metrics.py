@@ -7,7 +7,6 @@ is checked, and the tables that come out. Shapes: N rows, K classes.
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from rich.cells import cell_len
 
 from ronna.base.errors import RonnaError
 from ronna.tasks.bootstrap import Counts, Metric, Values, bootstrap, finite
+from ronna.tasks.labels import named_relation
 from ronna.tasks.measures import Statistic, multi_label, ratio, regression, single_label, spans
 
 
@@ -163,9 +163,9 @@ def relation_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]
     confusion = _confusion(gold, predicted, len(labels))
     true, guess = np.nonzero(confusion)
     times = confusion[true, guess]
-    bases = [DIRECTION.sub("", label) for label in labels]
-    kinds = sorted({base for base in bases if base.lower().replace("-", "_") not in NO_RELATION})
-    member = np.array([[base == kind for kind in kinds] for base in bases])  # (labels, kinds)
+    named = [named_relation(label).kind for label in labels]
+    kinds = sorted({kind for kind in named if kind is not None})
+    member = np.array([[name == kind for kind in kinds] for name in named])  # (labels, kinds)
     parts = member[true] & (true == guess)[:, None], member[true], member[guess]
     inner, same = spans(*parts, times), (true == guess).astype(np.float64)
 
@@ -184,10 +184,6 @@ def relation_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         notes=(*_absences(kinds, *sums), *notes),
     )
-
-
-DIRECTION = re.compile(r"\((e[12]),(e[12])\)$")
-NO_RELATION = {"other", "no_relation", "norelation", "na", "none", "unknown", "无", "无关系", "未知"}
 
 
 def regression_scores(gold: ArrayLike, predicted: ArrayLike, *, seed: int = 0) -> Scores:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,12 +26,15 @@ from ronna.tasks.base import Task, read_rows, unfolded
 from ronna.tasks.dialogue import Dialogue
 from ronna.tasks.embed import Embed
 from ronna.tasks.metrics import Scores, perplexity_scores
+from ronna.tasks.relation import Relation
 from ronna.tasks.schema import peek
 from ronna.tasks.seq2seq import Seq2Seq
 from ronna.tasks.table import task_of
+from ronna.tasks.tag import Tag
 from ronna.tasks.writing import Writing
 from ronna.text.tokenizer import Tokenizer, load_tokenizer
 from ronna.verbs.prepare import texts
+from ronna.verbs.triples import Triples
 
 LENGTH = 512  # where neither the user nor the folder says one
 
@@ -168,6 +171,8 @@ def predict(run: PredictRun) -> dict[str, Any]:
     loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
     bad = BadRows(limit=run.max_bad_rows)
     task = loaded.with_task()
+    triples = None if run.relations is None else triples_of(loaded, run.relations, run)
+    answer = loaded.answer if triples is None else triples.answer
     given = (
         read_json_stream(sys.stdin.buffer, "standard input", bad=bad)
         if run.input == "-"
@@ -180,10 +185,25 @@ def predict(run: PredictRun) -> dict[str, Any]:
     stream = bad.sift(records, lambda record: (record.fields, task.row(record, columns)))
     with writer(run.output) as file:
         while some := list(islice(stream, run.batch)):
-            for (fields, _), answer in zip(some, loaded.answer([row for _, row in some]), strict=True):
-                file.write(json.dumps({**fields, "prediction": answer}, ensure_ascii=False, default=str) + "\n")
+            for (fields, _), said in zip(some, answer([row for _, row in some]), strict=True):
+                file.write(json.dumps({**fields, "prediction": said}, ensure_ascii=False, default=str) + "\n")
             file.flush()
-    return {"data": bad.summary()}
+    if triples is None:
+        return {"data": bad.summary()}
+    say(triples.account.text(run.pairs))
+    return {"data": bad.summary(), "triples": asdict(triples.account)}
+
+
+def triples_of(entities: Loaded, folder: str, run: PredictRun) -> Triples:
+    """The two models as one. Raises RonnaError for one that is of another task."""
+    if not isinstance(entities.task, Tag):
+        fix = "give --model a folder that `ronna finetune --task tag` wrote"
+        raise RonnaError("finds no entities, which relations are asked of", where=run.model, fix=fix)
+    relations = load(folder, device=run.device, precision=run.precision, length=run.length)
+    if not isinstance(relations.task, Relation):
+        fix = "give --relations a folder that `ronna finetune --task relation` wrote"
+        raise RonnaError("finds no relations", where=folder, fix=fix)
+    return Triples(entities.answer, relations.answer, relations.task.labels, run.pairs)
 
 
 @contextmanager
