@@ -244,6 +244,45 @@ def test_a_contrastive_run_in_micro_batches_resumes_with_the_same_weights(adapte
         assert (tmp_path / str(k) / "model" / file).read_bytes() == wanted, f"cut at step {k}"
 
 
+WRITING = {
+    "seq2seq": ("tiny_t5", lambda text: {"source": text, "target": "bad plot"}, None),
+    "seq2seq, lora": ("tiny_t5", lambda text: {"source": text, "target": "bad plot"}, {"kind": "lora", "dropout": 0.1}),
+    "dialogue": ("tiny_gpt", lambda text: {"dialog": [text, "bad plot"]}, None),
+    "dpo": ("tiny_gpt", lambda text: {"prompt": text, "chosen": "good", "rejected": "bad"}, None),
+    "dpo, lora": ("tiny_gpt", lambda text: {"prompt": text, "chosen": "good", "rejected": "bad"}, {"kind": "lora"}),
+}
+
+
+@pytest.mark.parametrize("case", WRITING)
+def test_runs_that_learn_to_write_resume_with_the_same_weights(case, request, tmp_path):
+    """Batches of so many tokens, dropout, and a reference that is asked again."""
+    folder, record, peft = WRITING[case]
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("the film was good bad".split(), k=1 + i % 4)) + f" {i}" for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(record(text)) + "\n" for text in texts))
+    train = {"steps": STEPS, "batch_tokens": 160, "micro_batch": 2, "length": 64, "evaluate_every": 3}
+    task = {"kind": case.partition(",")[0]} | ({"sample": 2} if "seq2seq" in case else {})
+    more = {
+        "task": task,
+        "data": {"train": str(data)},
+        "train": train,
+        "peft": peft,
+        "optim": {"kind": "adamw", "lr": 1e-3},
+    }
+    file = "adapter_model.safetensors" if peft else "model.safetensors"
+
+    def run(name: str | int) -> FinetuneRun:
+        return tuning(request.getfixturevalue(folder), tmp_path / str(name), **more)
+
+    prepare_run(run("whole")).execute()
+    wanted = (tmp_path / "whole" / "model" / file).read_bytes()
+    for k in (2, 5):
+        cut_at(prepare_run(run(k)), k)
+        prepare_run(run(k), resume=True).execute()
+        assert (tmp_path / str(k) / "model" / file).read_bytes() == wanted, f"cut at step {k}"
+
+
 def test_what_is_tested_at_the_end_is_what_the_folder_gives(tiny_bert, tmp_path):
     run = tuning(tiny_bert, tmp_path / "run")
     training = prepare_run(run.model_copy(update={"train": run.train.model_copy(update={"precision": "bf16"})}))

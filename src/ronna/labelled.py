@@ -46,7 +46,11 @@ def read_splits(
         rows[name] = list(read_rows(task, records, columns, bad))
         account[name] = bad.summary()
     if "validation" not in rows:
-        rows["train"], rows["validation"] = hold_out(rows["train"])
+        every = rows["train"]
+        rows["train"], rows["validation"] = hold_out(every)
+        if every and not (rows["train"] and rows["validation"]):
+            what = f"{len(every)} rows, or rows of one text, are too few to hold a tenth out of"
+            raise RonnaError(what, where=data.train, fix="name a file to validate with: --validation FILE")
     if data.limit:
         rows["train"] = rows["train"][: data.limit]
     for name, some in rows.items():

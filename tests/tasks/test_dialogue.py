@@ -12,6 +12,7 @@ from ronna.base.errors import RonnaError
 from ronna.cli import main
 from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
+from ronna.labelled import hold_out
 from ronna.model.families import preset, read_config
 from ronna.model.folder import load_folder, save_folder
 from ronna.model.init import build
@@ -78,6 +79,8 @@ def test_every_layout_is_the_same_conversation():
     ]
     assert all(row == Conversation(plain, True) for row in rows)
     assert rows[0].label == told and asked in rows[0].key and told not in rows[0].key
+    kept, held = hold_out([read(prompt=f"{asked} {i}", completion=told) for i in range(200)])
+    assert 10 < len(held) < 40 and len(kept) + len(held) == 200
     assert read(instruction=asked, input="a b", output=told).messages[0]["content"] == f"{asked}\n\na b"
     assert read(system="always fun", prompt=asked, response=told).messages == (SYSTEM, *plain)
 

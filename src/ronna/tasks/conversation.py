@@ -36,7 +36,7 @@ class Conversation(NamedTuple):
     def key(self) -> str:
         """All that comes before the last answer."""
         asked = self.messages[:-1] if self.answered else self.messages
-        return "\0".join(f"{m['role']}\0{m['content']}" for m in asked)
+        return "\n".join(f"{m['role']}: {m['content']}" for m in asked)
 
 
 def find_columns(record: Record, *, text: str | None, pair: str | None, label: str | None, labelled: bool) -> Columns:
