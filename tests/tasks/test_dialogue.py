@@ -259,6 +259,11 @@ def test_a_small_model_learns_to_answer_and_to_stop(tiny_chat, tmp_path, capsys)
     assert [(s["text"], s["finish"]) for s in said] == [("dull", "eos"), ("bright", "eos")]
     assert main(["generate", "--model", folder, "--prompt", "and the music"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "bright"
+    loaded = ronna.load(folder)
+    assert loaded.predict([rows[0][:-1], "and the music"])[0]["text"] == "dull"
+    assert [g.text for g in loaded.generate([rows[0][:-1], "and the music"])] == ["dull", "bright"]
+    with pytest.raises(RonnaError, match="conversation 0: unknown role"):
+        loaded.generate([[{"role": "wizard", "content": "x"}]])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(rows[0][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ronna.base.config import Config, build
 from ronna.base.errors import RonnaError
+from ronna.data.badrows import BadRow
 from ronna.data.sources import Record
 from ronna.decoding.sampling import GenerateConfig
 from ronna.model.config import Model
@@ -66,8 +67,17 @@ class Dialogue(Writing):
     def row(cls, record: Record, columns: Columns) -> Conversation:
         return read_conversation(record, columns)
 
-    def rows(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Conversation]:
-        return [Conversation(({"role": "user", "content": text},), False) for text in texts]
+    def rows(self, texts: Sequence[Any], pairs: Sequence[str] | None) -> list[Conversation]:
+        """Of what a user says, a text, or of whole conversations: lists of messages. Raises RonnaError."""
+        made = []
+        for i, text in enumerate(texts):
+            record = Record({"messages": [text] if isinstance(text, str) else text}, Path(f"conversation {i}"), 0)
+            try:
+                made.append(read_conversation(record, Columns("messages", None, None)))
+            except BadRow as error:
+                fix = "give a text, or messages with role and content of which the last is the user's"
+                raise RonnaError(str(error), where=str(record.path), fix=fix) from None
+        return made
 
     @classmethod
     def learn(cls, config: DialogueConfig, rows: Sequence[Conversation], tokenizer: Tokenizer, length: int) -> Self:
@@ -145,7 +155,7 @@ class Dialogue(Writing):
             said[i] &= not ended
         return Tokens(tokens.ids, said)
 
-    def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def prompts(self, texts: Sequence[Any]) -> list[np.ndarray]:
         return [e.prompt for e in self.encode(self.rows(texts, None))]
 
     # From conversations to examples

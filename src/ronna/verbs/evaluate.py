@@ -49,8 +49,9 @@ class Loaded:
     task: Task | None
     length: int  # tokens of a sequence, or of a window of a language model
 
-    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The prediction for each text or pair: label and probabilities, labels, or score."""
+    def predict(self, texts: Sequence[Any], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The prediction for each text or pair, or for each conversation, a list of messages: label and probabilities,
+        labels, score, or text."""
         task = self.with_task()
         return self.answer(task.rows(texts, pairs))
 
@@ -65,8 +66,9 @@ class Loaded:
         examples = task.encode(rows)
         return task.decode(rows, examples, task.infer(self.model, examples))
 
-    def generate(self, prompts: Sequence[str], config: GenerateConfig | None = None) -> list[Generation]:
-        """What the model writes after each prompt, or for each source."""
+    def generate(self, prompts: Sequence[Any], config: GenerateConfig | None = None) -> list[Generation]:
+        """What the model writes after each prompt, for each source, or as its turn of each conversation (a text, or a
+        list of messages)."""
         model, tokenizer = self.model, self.tokenizer
         if isinstance(self.task, Writing):
             return self.task.write(model, self.task.prompts(prompts), config)
