@@ -16,7 +16,9 @@ from ronna.base.hub import local_folder
 from ronna.model.families import read_config, read_config_json
 from ronna.model.folder import Loaded, load_folder, save_config, save_folder
 from ronna.model.tensorfiles import fingerprint
-from ronna.peft.folder import AdapterFolder, attach_adapter, is_adapter, read_adapter, write_adapter
+from ronna.peft.changes import activate
+from ronna.peft.files import AdapterFolder, is_adapter, read_adapter
+from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.methods import trained
 from ronna.text.tokenizer import Tokenizer
 from ronna.train.checkpoint import Checkpoint
@@ -106,6 +108,25 @@ def open_adapted(folder: Path, name: str | Path) -> Loaded:
     return loaded
 
 
+def open_beside(loaded: Loaded, name: str | Path, adapter: str) -> Loaded:
+    """Another adapter of an opened base, put on the same model under the name `adapter`, with its own config.json.
+
+    It works alone at once; `ronna.peft.changes.activate` lets the others work again.
+    """
+    folder = local_folder(str(name))
+    found = read_adapter(folder)
+    config = loaded.config if found.described is None else read_config_json(folder)
+    one, other = (some.get("base_fingerprint") for some in (loaded.config, config))
+    if one is not None and other is not None and one != other:
+        raise RonnaError("it was trained on a base with other weights", where=str(folder), fix=APART)
+    if found.described is not None and (found.described.classifier is None) != (loaded.model.classifier is None):
+        raise RonnaError("of these adapters one has a classifier, the other none", where=str(folder), fix=APART)
+    attach_adapter(loaded.model, loaded.family, found, adapter)
+    activate(loaded.model, adapter)
+    return replace(loaded, config=config, notes=[])
+
+
+APART = "open it by itself"
 MOVED = "put it back, or write where it is into adapter_config.json: base_model_name_or_path"
 
 

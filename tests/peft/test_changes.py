@@ -10,10 +10,11 @@ from ronna.model.families import classifier_for, preset
 from ronna.model.init import build
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
-from ronna.peft.changes import ChangedLinear, activate, adapters, merge, targeted, unmerge
+from ronna.peft.changes import ChangedLinear, activate, merge, targeted, unmerge
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import BitFitConfig, adapt, freeze_to, trained
+from ronna.peft.own import adapters
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 METHODS = {

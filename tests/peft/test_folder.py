@@ -12,7 +12,8 @@ from ronna.base.errors import RonnaError
 from ronna.model.families import read_config
 from ronna.model.folder import load_folder, save_config
 from ronna.model.sequences import Sequences
-from ronna.peft.folder import attach_adapter, read_adapter, write_adapter
+from ronna.peft.files import read_adapter
+from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import BitFitConfig, adapt, trained

@@ -13,9 +13,11 @@ from ronna.model.folder import save_folder
 from ronna.model.init import build, generator
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
-from ronna.peft.changes import activate, adapters
-from ronna.peft.folder import attach_adapter, read_adapter, write_adapter
+from ronna.peft.changes import activate
+from ronna.peft.files import read_adapter
+from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.methods import adapt, longest_text, trained
+from ronna.peft.own import adapters
 from ronna.peft.prefix import PrefixConfig
 from ronna.peft.prompt import PromptConfig
 
@@ -139,7 +141,7 @@ def test_prefixes_and_prompts_are_switched_and_stacked():
     adapt(model, PrefixConfig(tokens=3), name="a")
     adapt(model, PromptConfig(tokens=2), name="b")
     adapt(model, PrefixConfig(tokens=4, hidden=5), name="c")
-    assert adapters(model) == ["b", "a", "c"] and model.max_length == whole - 9
+    assert adapters(model) == ["a", "b", "c"] and model.max_length == whole - 9
     config, found = GenerateConfig(max_tokens=6, temperature=0.0), {}
     for names in ("a", "b", "c", "ac", "ca", "ab", "abc"):
         activate(model, *names)

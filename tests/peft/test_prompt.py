@@ -18,9 +18,11 @@ from ronna.model.folder import load_folder
 from ronna.model.init import build
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
-from ronna.peft.changes import activate, adapters, merge
-from ronna.peft.folder import attach_adapter, read_adapter, write_adapter
+from ronna.peft.changes import activate, merge
+from ronna.peft.files import read_adapter
+from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.methods import PeftConfig, adapt, longest_text, trained
+from ronna.peft.own import adapters
 from ronna.peft.prefix import PrefixConfig
 from ronna.peft.prompt import PromptConfig
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ronna.base.errors import RonnaError
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
+from ronna.peft.own import AdaptedTransformer, adapters
 
 
 class Change(nn.Module, ABC):
@@ -54,7 +55,7 @@ def change(linear: ChangedLinear, name: str) -> Change:
 
 
 def attach(module: nn.Module, kind: type[Changed], name: str, new: nn.Module) -> None:
-    """Put an adapter on a module, at work at once. Raises RonnaError where one of this name is there.
+    """Put what an adapter does on a module, at work at once.
 
     kind: a class of the module's own with adapters, whose meaning of what the module does it gets.
     """
@@ -62,8 +63,6 @@ def attach(module: nn.Module, kind: type[Changed], name: str, new: nn.Module) ->
         module.__class__ = kind
         module.changes, module.active = nn.ModuleDict(), ()  # type: ignore[assignment]
     assert isinstance(module, Changed)
-    if name in module.changes:
-        raise RonnaError(f"there is an adapter {name!r} already", fix="give this one another name")
     module.changes[name] = new.to(next(module.parameters()).device)
     module.active = (*module.active, name)
 
@@ -80,13 +79,11 @@ def changed_linears(model: nn.Module) -> Iterator[tuple[str, ChangedLinear]]:
             yield path, module
 
 
-def adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that a model carries, at work or not."""
-    return list(dict.fromkeys(name for _, module in changed_modules(model) for name in module.changes))
-
-
 def activate(model: nn.Module, *names: str) -> None:
-    """Let these adapters work, in this order, and no others; none is the bare base. RonnaError for an unknown one."""
+    """Let these adapters work, in this order, and no others; none is the bare base. RonnaError for an unknown one.
+
+    Weights that they have in place of the base's, such as a classifier, are switched with them: the last one's count.
+    """
     known = adapters(model)
     for name in names:
         if name not in known:
@@ -95,6 +92,8 @@ def activate(model: nn.Module, *names: str) -> None:
         raise RonnaError("an adapter is merged into the weights", fix="unmerge it first")
     for _, module in changed_modules(model):
         module.active = tuple(name for name in names if name in module.changes)
+    if isinstance(model, AdaptedTransformer):
+        model.show(*names)
 
 
 @contextmanager
@@ -118,11 +117,11 @@ def merge(model: Transformer, name: str, *, tolerance: float = 0.01) -> float:
     the whole model). Raises RonnaError, the weights as they were, where that is over the tolerance, as it is where
     small changes meet large bf16 weights.
     """
-    found = [(path, linear) for path, linear in changed_linears(model) if name in linear.changes]
-    if len(found) < sum(name in module.changes for _, module in changed_modules(model)):
-        raise not_linear()
-    if not found:
+    if name not in adapters(model):
         raise RonnaError(f"no adapter {name!r}", fix=f"there are {', '.join(adapters(model)) or 'none'}")
+    found = [(path, linear) for path, linear in changed_linears(model) if name in linear.changes]
+    if not found or len(found) < sum(name in module.changes for _, module in changed_modules(model)):
+        raise not_linear()
     if any(linear.kept is not None or linear.active != (name,) for _, linear in found):
         raise RonnaError("only an adapter that works alone can be merged", fix=f"activate {name!r} alone, unmerged")
     lost = size = 0.0

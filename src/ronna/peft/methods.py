@@ -1,6 +1,7 @@
 """Every way to train a part of a model: what is attached, what may learn, and what is frozen."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Annotated, Literal
 
 import torch
@@ -11,11 +12,12 @@ from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 from ronna.model.config import Model
 from ronna.model.layers import LayerNorm, RMSNorm
-from ronna.model.transformer import Transformer
+from ronna.model.transformer import Classifier, Transformer
 from ronna.peft.adalora import AdaLoraConfig, add_adalora
 from ronna.peft.changes import adapter_parameters
 from ronna.peft.houlsby import HoulsbyConfig, add_houlsby
 from ronna.peft.lora import LoraConfig, add_lora
+from ronna.peft.own import add_own, bare_classifier, copy_own, every_parameter, own_parameters, refuse_taken
 from ronna.peft.prefix import PrefixConfig, add_prefix
 from ronna.peft.prompt import PromptConfig, add_prompt, room
 
@@ -39,11 +41,21 @@ def longest_text(cfg: Model, config: PeftConfig | None) -> int | None:
     return room(cfg.max_length, config.tokens if isinstance(config, PromptConfig | PrefixConfig) else 0)
 
 
-def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = NAME) -> None:
-    """Attach a fresh adapter and freeze all but it and the classifier; Houlsby's trains the norms too.
+def adapt(
+    model: Transformer,
+    config: PeftConfig,
+    *,
+    seed: int = 0,
+    name: str = NAME,
+    classifier: Classifier | None = None,
+) -> None:
+    """Attach a fresh adapter, at work at once, and freeze all but it and the weights of the base it has its own of.
 
-    Raises RonnaError where the model has nothing that the method could train.
+    Those are a classifier (None: a copy of the base's), and for Houlsby's the norms, for BitFit the biases. Raises
+    RonnaError where the model has nothing that the method could train.
     """
+    refuse_taken(model, name)
+    paths = list(alongside(model, config))
     match config:
         case LoraConfig():
             add_lora(model, config, name, seed)
@@ -55,22 +67,23 @@ def adapt(model: Transformer, config: PeftConfig, *, seed: int = 0, name: str = 
             add_prompt(model, config, name, seed)
         case PrefixConfig():
             add_prefix(model, config, name, seed)
-    learning = {id(p) for _, p in adapter_parameters(model, name)}
-    learning |= {id(p) for p in alongside(model, config)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in learning)
+    add_own(model, name, deepcopy(bare_classifier(model)) if classifier is None else classifier)
+    copy_own(model, name, paths)
+    for parameter in every_parameter(model):
+        parameter.requires_grad_(False)
+    for parameter in (*(p for _, p in adapter_parameters(model, name)), *own_parameters(model, name)):
+        parameter.requires_grad_(True)
 
 
-def alongside(model: Transformer, config: PeftConfig) -> Iterator[nn.Parameter]:
-    """The base's own weights that are trained with an adapter."""
-    if model.classifier is not None:
-        yield from model.classifier.parameters()
+def alongside(model: Transformer, config: PeftConfig) -> Iterator[str]:
+    """Names of the base's weights beside the classifier that an adapter has its own of."""
     if isinstance(config, HoulsbyConfig):
-        for module in model.modules():
-            if isinstance(module, LayerNorm | RMSNorm):
-                yield from module.parameters()
+        for path, module in model.named_modules():
+            if isinstance(module, LayerNorm | RMSNorm) and not path.startswith("classifier."):
+                yield from (f"{path}.{leaf}" for leaf, _ in module.named_parameters())
     if isinstance(config, BitFitConfig):
-        biases = [p for name, p in model.named_parameters() if name.endswith(".bias") and ".blocks." in name]
+        names = [name for name, _ in model.named_parameters() if ".blocks." in name and ".changes." not in name]
+        biases = [name for name in names if name.endswith(".bias")]
         if not biases:
             raise RonnaError("this model has no bias to train", where="peft.kind", fix="use lora or houlsby")
         yield from biases

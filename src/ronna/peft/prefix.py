@@ -6,7 +6,6 @@ this is what the `peft` library does with its past keys.
 Legend: n keys of the prefix, N blocks, K key/value heads, D head size, m width of the network.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -81,33 +80,35 @@ def layout(stack: Stack) -> tuple[int, int]:
     return first.kv, first.head_dim
 
 
-def add_prefix(model: Transformer, config: PrefixConfig, name: str, seed: int) -> None:
-    """Attach a fresh prefix: what the attention of tokens drawn from the vocabulary has as keys and values.
-
-    Where a network makes it, the network's weights are drawn as a new linear map's and its seeds from N(0, 1).
-    Raises RonnaError for a model that has no room for it, and for one whose attention sees a window alone.
-    """
-    stack, tokens = model.last, config.tokens
+def empty_prefix(model: Transformer, config: PrefixConfig) -> Prefix | MadePrefix:
+    """Raises RonnaError for a model that has no room for it, and for one whose attention sees a window alone."""
+    stack = model.last
     if any(block.attention.window is not None for block in stack.cfg.blocks):
         fix = "use prompt, lora or houlsby"
         raise RonnaError("prefix tuning of attention that sees a window alone", where="peft.kind", fix=fix)
     heads, size = layout(stack)
     if any((block.attention.kv, block.attention.head_dim) != (heads, size) for block in stack.cfg.blocks):
         raise RonnaError("prefix tuning of blocks that differ in their heads", where="peft.kind", fix="use lora")
-    room(model.max_length, tokens)
+    room(model.max_length, config.tokens)
     width = len(stack.blocks) * 2 * heads * size
-    if config.hidden is None:
-        made: Prefix | MadePrefix = Prefix(tokens, width)
-        made.table.data = keys_and_values(model, tokens, seed).flatten(1)
+    return Prefix(config.tokens, width) if config.hidden is None else MadePrefix(config.tokens, width, config.hidden)
+
+
+def add_prefix(model: Transformer, config: PrefixConfig, name: str, seed: int) -> None:
+    """Attach a fresh prefix: what the attention of tokens drawn from the vocabulary has as keys and values.
+
+    Where a network makes it, the network's weights are drawn as a new linear map's and its seeds from N(0, 1).
+    """
+    made = empty_prefix(model, config)
+    if isinstance(made, Prefix):
+        made.table.data = keys_and_values(model, config.tokens, seed).flatten(1)
     else:
-        made = MadePrefix(tokens, width, config.hidden)
-        for leaf, weight in made.named_parameters():
-            rng = generator(seed, f"prefix.{leaf}")
-            if leaf == "seeds":
-                nn.init.normal_(weight, generator=rng)
-            else:
-                nn.init.uniform_(weight, -1 / math.sqrt(config.hidden), 1 / math.sqrt(config.hidden), generator=rng)
-    attach(stack, PrefixedStack, name, made)
+        bound = made.inner.in_features**-0.5
+        with torch.no_grad():
+            for leaf, weight in made.named_parameters():
+                rng = generator(seed, f"prefix.{leaf}")
+                weight.normal_(generator=rng) if leaf == "seeds" else weight.uniform_(-bound, bound, generator=rng)
+    attach(model.last, PrefixedStack, name, made)
 
 
 def keys_and_values(model: Transformer, tokens: int, seed: int) -> Tensor:

@@ -41,23 +41,23 @@ class PromptedEmbedding(Embedding, Changed):
         return torch.cat(prompts) if prompts else None
 
 
-def add_prompt(model: Transformer, config: PromptConfig, name: str, seed: int) -> None:
-    """Attach a fresh prompt: the embeddings of tokens drawn from the vocabulary.
-
-    Raises RonnaError for a model that has no room for it, or that scales its embeddings.
-    """
-    embedding = model.embedding
-    if embedding.cfg.scale != 1.0:
+def empty_prompt(model: Transformer, tokens: int) -> Prompt:
+    """Raises RonnaError for a model that has no room for it, or that scales its embeddings."""
+    if model.embedding.cfg.scale != 1.0:
         # The peft library hands transformers its text unscaled too, so no folder would mean the same to both.
         fix = "use lora or houlsby"
         raise RonnaError("prompt tuning of a model that scales its embeddings", where="peft.kind", fix=fix)
-    room(model.max_length, config.tokens)
-    prompt = Prompt(config.tokens, embedding.dim)
-    table = embedding.tokens.weight.detach()
+    room(model.max_length, tokens)
+    return Prompt(tokens, model.embedding.dim)
+
+
+def add_prompt(model: Transformer, config: PromptConfig, name: str, seed: int) -> None:
+    """Attach a fresh prompt: the embeddings of tokens drawn from the vocabulary."""
+    prompt, table = empty_prompt(model, config.tokens), model.embedding.tokens.weight.detach()
     with torch.no_grad():
         drawn = torch.randint(len(table), (config.tokens,), generator=generator(seed, "embedding.prompt"))
         prompt.vectors.copy_(table[drawn.to(table.device)])
-    attach(embedding, PromptedEmbedding, name, prompt)
+    attach(model.embedding, PromptedEmbedding, name, prompt)
 
 
 def room(longest: int | None, tokens: int) -> int | None:

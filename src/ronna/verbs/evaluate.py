@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from ronna.base.config import config_hash
 from ronna.base.device import choose_device, choose_precision
 from ronna.base.errors import RonnaError
@@ -18,10 +20,15 @@ from ronna.data.badrows import BadRows
 from ronna.data.sources import read_json_stream, read_records, resolve
 from ronna.decoding.decode import Generation, generate, perplexity
 from ronna.decoding.sampling import GenerateConfig
+from ronna.model.folder import Loaded as OpenedFolder
 from ronna.model.transformer import Transformer
+from ronna.peft.changes import activate
+from ronna.peft.files import is_adapter
+from ronna.peft.methods import NAME
+from ronna.peft.own import at_work
 from ronna.report import build_report, write_report
 from ronna.runfile import EvaluateRun, GenerateRun, PredictRun
-from ronna.stored import open_folder
+from ronna.stored import open_beside, open_folder
 from ronna.tasks.base import Task, read_rows, unfolded
 from ronna.tasks.dialogue import Dialogue
 from ronna.tasks.embed import Embed
@@ -48,6 +55,19 @@ class Loaded:
     tokenizer: Tokenizer
     task: Task | None
     length: int  # tokens of a sequence, or of a window of a language model
+    opened: OpenedFolder
+    adapter: str | None = None  # what works on the model when this answers, where its folder is an adapter's
+
+    def beside(self, folder: str, adapter: str) -> "Loaded":
+        """Another adapter of the same base, on the same model, under a name of its own: both answer as if alone."""
+        if self.adapter is None:
+            raise RonnaError("no adapter's folder", where=self.folder, fix="load one adapter, and others beside it")
+        opened = open_beside(self.opened, folder, adapter)
+        return furnished(folder, opened, self.model.device, self.model.compute, adapter=adapter)
+
+    def at_work(self) -> None:
+        if self.adapter is not None and at_work(self.model) != (self.adapter,):
+            activate(self.model, self.adapter)
 
     def predict(self, texts: Sequence[Any], pairs: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The prediction for each text or pair, or for each conversation, a list of messages: label and probabilities,
@@ -63,6 +83,7 @@ class Loaded:
     def answer(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """The prediction for each of the task's rows."""
         task = self.with_task()
+        self.at_work()
         examples = task.encode(rows)
         return task.decode(rows, examples, task.infer(self.model, examples))
 
@@ -70,6 +91,7 @@ class Loaded:
         """What the model writes after each prompt, for each source, or as its turn of each conversation (a text, or a
         list of messages)."""
         model, tokenizer = self.model, self.tokenizer
+        self.at_work()
         if isinstance(self.task, Writing):
             return self.task.write(model, self.task.prompts(prompts), config)
         if model.head is None or model.decoder is None:
@@ -86,9 +108,21 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
     """A model folder (ours or Hugging Face's) on a device. Raises RonnaError for anything that is not one."""
     place = choose_device(device)
     dtype, _ = choose_precision(precision, place)
-    where = local_folder(folder)
-    loaded = open_folder(folder)
-    tokenizer = load_tokenizer(where)
+    adapter = NAME if is_adapter(local_folder(folder)) else None
+    return furnished(folder, open_folder(folder), place, dtype, length=length, adapter=adapter)
+
+
+def furnished(
+    folder: str,
+    loaded: OpenedFolder,
+    place: torch.device,
+    dtype: torch.dtype,
+    *,
+    length: int | None = None,
+    adapter: str | None,
+) -> Loaded:
+    """A model as it was opened, on a device, with its tokenizer and the task that its config.json tells of."""
+    tokenizer = load_tokenizer(local_folder(folder))
     model = loaded.model.to(place, dtype).eval()
     model.compute = dtype
     length = length or min(tokenizer.max_length or LENGTH, LENGTH)
@@ -100,7 +134,7 @@ def load(folder: str, *, device: str = "auto", precision: str = "auto", length: 
         task = Embed.restore(loaded.config, tokenizer, length)
     elif (kind := writing_task(model, loaded.config, tokenizer)) is not None:
         task = kind.restore(loaded.config, tokenizer, length).on(model.cfg, loaded.config)
-    return Loaded(folder, model, tokenizer, task, length)
+    return Loaded(folder, model, tokenizer, task, length, loaded, adapter)
 
 
 def writing_task(model: Transformer, config: Mapping[str, Any], tokenizer: Tokenizer) -> type[Writing] | None:
