@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ronna.base.errors import RonnaError
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
-from ronna.peft.own import AdaptedTransformer, adapters
+from ronna.peft.own import AdaptedTransformer, adapters, at_work
 
 
 class Change(nn.Module, ABC):
@@ -99,14 +99,12 @@ def activate(model: nn.Module, *names: str) -> None:
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
     """The base alone inside; afterwards the adapters that were at work are at work again."""
-    before = [(module, module.active) for _, module in changed_modules(model)]
-    for module, _ in before:
-        module.active = ()
+    names = at_work(model)
+    activate(model)
     try:
         yield
     finally:
-        for module, active in before:
-            module.active = active
+        activate(model, *names)
 
 
 @torch.no_grad()
