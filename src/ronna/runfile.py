@@ -82,7 +82,7 @@ class PretrainRun(Config):
 
 
 # Where the user names none: adapters want larger steps than whole models, questions longer sequences than labels.
-RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3, "prompt": 3e-2, "prefix": 1e-2}
+RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3, "prompt": 5e-3, "prefix": 1e-2}
 LENGTHS = {"span_qa": 384}
 
 
