@@ -157,9 +157,15 @@ TASKS = {"classify": classify, "relation": relation, "tag": tag, "span_qa": span
 
 
 def adapted(a: argparse.Namespace, peer: Peer, steps: int) -> Any:
-    """Their model with the adapter that `a` asks for, on the maps that ours has it on."""
+    """Their model with the adapter that `a` asks for, on the maps that ours has it on, or as many virtual tokens."""
     import peft
 
+    if a.peft == "prompt":
+        config = peft.PromptTuningConfig(task_type=peer.kind, num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
+        return peft.get_peft_model(peer.model, config)
+    if a.peft == "prefix":
+        config = peft.PrefixTuningConfig(task_type=peer.kind, num_virtual_tokens=20)
+        return peft.get_peft_model(peer.model, config)
     layers = [n for n, m in peer.model.named_modules() if isinstance(m, torch.nn.Linear) and ".layer." in n]
     shared = {"task_type": peer.kind, "target_modules": layers, "lora_alpha": 16}
     if a.peft == "lora":

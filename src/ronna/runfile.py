@@ -101,7 +101,7 @@ class PretrainRun(Config):
 # Where the user names none: adapters want larger steps than whole models, and so do models without a past; preferences
 # want smaller ones. Questions and conversations are longer than what is classified.
 FULL, SCRATCH = 5e-5, 5e-4
-RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3, "prompt": 3e-2, "prefix": 1e-2}
+RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3, "prompt": 5e-3, "prefix": 1e-2}
 SHARES = {"dpo": 0.02}  # of the rate
 LENGTHS = {"span_qa": 384, "seq2seq": 256, "dialogue": 512, "dpo": 512}
 

@@ -14,7 +14,7 @@ from ronna.base.errors import RonnaError
 from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
 from ronna.model.families import read_config, read_config_json
-from ronna.model.folder import Loaded, load_folder, save_config, save_folder
+from ronna.model.folder import Loaded, is_language_model, load_folder, save_config, save_folder
 from ronna.model.tensorfiles import fingerprint
 from ronna.peft.changes import activate
 from ronna.peft.files import AdapterFolder, is_adapter, read_adapter
@@ -140,5 +140,6 @@ def on_base(adapter: AdapterFolder, base: Path) -> Loaded:
         raise RonnaError(
             f"its base {base} has other weights than it was trained on", where=str(adapter.folder), fix=MOVED
         )
-    loaded = load_folder(base, head=cfg.classifier is None, classifier=cfg.classifier)
+    head = cfg.classifier is None and is_language_model(config)
+    loaded = load_folder(base, head=head, classifier=cfg.classifier)
     return replace(loaded, config=config, notes=[])

@@ -24,6 +24,7 @@ peft = pytest.importorskip("peft")
 SIZE = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 BASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert": (hf.BertForSequenceClassification, hf.BertConfig, SIZE),
+    "bert bare": (hf.BertModel, hf.BertConfig, SIZE),
     "bert tokens": (hf.BertForTokenClassification, hf.BertConfig, SIZE),
     "roberta": (hf.RobertaForSequenceClassification, hf.RobertaConfig, SIZE | {"pad_token_id": 0}),
     "modernbert": (hf.ModernBertForSequenceClassification, hf.ModernBertConfig, SIZE | {"pad_token_id": 0}),
@@ -56,6 +57,8 @@ def ours(model) -> torch.Tensor:
     with torch.no_grad():
         if model.classifier is not None:
             return model.scores(tokens, sequences)
+        if model.head is None:
+            return model.hidden(tokens, sequences)
         memory = model.encode(tokens, sequences) if model.encoder is not None else None
         return model(tokens, sequences, memory=memory)
 
@@ -63,7 +66,8 @@ def ours(model) -> torch.Tensor:
 def theirs(model) -> torch.Tensor:
     with torch.no_grad():
         more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-        logits = model.eval()(IDS, **more).logits
+        out = model.eval()(IDS, **more)
+        logits = out.logits if "logits" in out else out.last_hidden_state
     return logits[0] if logits.ndim == 3 else logits
 
 
@@ -92,7 +96,8 @@ def test_peft_loads_ours_for_the_same_logits(base, method, tmp_path, recwarn):
 
 
 THEIRS = {
-    "bert": ["query", "attention.output.dense"], "bert tokens": ["query", "value"], "roberta": ["query", "dense"],
+    "bert": ["query", "attention.output.dense"], "bert bare": ["value"],
+    "bert tokens": ["query", "value"], "roberta": ["query", "dense"],
     "modernbert": ["Wqkv", "Wo"], "gpt2": ["c_attn", "c_proj"], "qwen2": ["q_proj", "down_proj"], "t5": ["q", "wo"],
 }  # fmt: skip
 

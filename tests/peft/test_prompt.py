@@ -44,7 +44,7 @@ BASES = BASES | {
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, SIZE | {"num_key_value_heads": 1, "head_dim": 24}),
 }  # fmt: skip
 KINDS = {"SequenceC": "SEQ_CLS", "TokenClas": "TOKEN_CLS", "QuestionA": "QUESTION_ANS", "CausalLM": "CAUSAL_LM"}
-KINDS |= {"LMHeadMod": "CAUSAL_LM", "Condition": "SEQ_2_SEQ_LM"}
+KINDS |= {"BertModel": "FEATURE_EXTRACTION", "LMHeadMod": "CAUSAL_LM", "Condition": "SEQ_2_SEQ_LM"}
 TEXTS = [[5, 7, 11, 13, 17, 19, 23, 2, 31, 41], [9, 8, 7], [44, 3, 3, 21, 50, 12], [6], [30, 31, 32, 33, 34, 35, 36]]
 METHODS: dict[str, tuple[PeftConfig, Any, dict[str, Any]]] = {
     "prompt": (PromptConfig(tokens=4), peft.PromptTuningConfig, {}),
@@ -85,6 +85,8 @@ def ours(model: Transformer) -> list[Tensor]:
         if model.classifier is not None:
             scores = model.scores(tokens, sequences)
             return list(scores) if len(scores) == len(TEXTS) else list(scores.split([len(t) for t in TEXTS]))
+        if model.head is None:
+            return list(model.hidden(tokens, sequences).split([len(t) for t in TEXTS]))
         memory = model.encode(tokens, sequences) if model.encoder is not None else None
         return list(model(tokens, sequences, memory=memory).split([len(t) for t in TEXTS]))
 
@@ -97,6 +99,8 @@ def theirs(model: Any, text: list[int]) -> Tensor:
         found = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
     if "start_logits" in found:
         return torch.stack([found.start_logits[0], found.end_logits[0]], -1)[-len(text) :]
+    if "last_hidden_state" in found:
+        return found.last_hidden_state[0, -len(text) :]
     return found.logits[0] if found.logits.ndim == 2 else found.logits[0, -len(text) :]
 
 

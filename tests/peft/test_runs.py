@@ -139,3 +139,19 @@ def test_an_adapter_has_a_rate_of_its_own_unless_one_is_named():
     rest = optim(peft={"kind": "lora"}, optim={"weight_decay": 0.0})
     assert rest.lr == RATES["lora"] and rest.weight_decay == 0.0 and rest.betas == (0.9, 0.999)
     assert optim(peft={"kind": "lora"}, optim={"kind": "sgd", "lr": 0.1}).lr == 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_an_adapter_of_an_embedding_model_gives_vectors(method, tiny_bert, tmp_path):
+    import ronna
+    from ronna.tasks.embed import Embed
+
+    for split, n in (("train", 24), ("validation", 6), ("test", 6)):
+        rows = [{"anchor": f"{split} film {i}", "positive": f"{split} plot {i}"} for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    call = ["finetune", "--task", "embed", "--peft", method, "--model", str(tiny_bert), "--train", str(tmp_path)]
+    assert main([*call, "--set", "train.steps=3", "--batch", "8", "--out", f"{tmp_path}/run"]) == 0
+    loaded = ronna.load(f"{tmp_path}/run/model")
+    assert isinstance(loaded.task, Embed) and loaded.adapter == "default"
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert ronna.evaluate(model=f"{tmp_path}/run/model", data=[f"{tmp_path}/test.jsonl"])["test"] == report["test"]

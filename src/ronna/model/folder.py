@@ -85,6 +85,12 @@ def load_folder(
     return Loaded(model, family, config, notes)
 
 
+def is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model with a vocabulary head, or does not say."""
+    classes = config.get("architectures") or []
+    return not classes or any(LANGUAGE_MODEL.search(name) for name in classes)
+
+
 class Stored:
     """The weights of a folder under the full names of their family.
 
@@ -113,8 +119,7 @@ class Stored:
         own = [locate(names, n).name for n in parameter_names(cfg) if n.startswith("head.logits.")]
         if own:
             return any(name in self.keys for name in own)
-        classes = config.get("architectures") or []
-        return not classes or any(LANGUAGE_MODEL.search(name) for name in classes)
+        return is_language_model(config)
 
     def settle_duplicates(self, cfg: c.Model) -> c.Model:
         """Set aside copies of tied weights. RonnaError for one that differs, unless it means two matrices."""

@@ -61,14 +61,18 @@ def read_adapter(folder: Path) -> AdapterFolder:
         raise RonnaError(f"cannot be read: {error}", where=f"{folder}/{WEIGHTS}", fix=AGAIN) from None
 
 
+def stored_name(model: Transformer, family: Family, name: str) -> str:
+    """A family's name in transformers' class of this model, which without any head is the bare one."""
+    bare = family.prefix if model.cfg.head is None and model.cfg.classifier is None else ""
+    return family.stored_name(model.cfg, name).removeprefix(bare)
+
+
 def kept_whole(
     model: Transformer, family: Family, state: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], list[str] | None]:
     """The base's own weights that were trained, by their names in `peft`, and the modules it is to load them into."""
     names = family.names(model.cfg)
-    beside = {
-        name: family.stored_name(model.cfg, locate(names, name).name) for name in state if ".changes." not in name
-    }
+    beside = {name: stored_name(model, family, locate(names, name).name) for name in state if ".changes." not in name}
     modules = sorted({saved_module(theirs) for ours, theirs in beside.items() if ours not in OWN}) or None
     return {prefix + theirs: state[ours] for ours, theirs in beside.items()}, modules
 
@@ -90,7 +94,7 @@ def copy_beside(
     names, keys = family.names(model.cfg), {}
     for ours, _ in model.named_parameters():
         if ".changes." not in ours:
-            key = prefix + family.stored_name(model.cfg, locate(names, ours).name)
+            key = prefix + stored_name(model, family, locate(names, ours).name)
             if key in adapter.tensors:
                 keys[ours] = key
             elif ours.removeprefix("classifier.") in missing:

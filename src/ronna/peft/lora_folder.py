@@ -17,7 +17,7 @@ from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.changes import ChangedLinear, attach
-from ronna.peft.files import FITS, AdapterFolder, copy_beside, kept_whole
+from ronna.peft.files import FITS, AdapterFolder, copy_beside, kept_whole, stored_name
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME
 
@@ -41,7 +41,7 @@ def places(model: Transformer, family: Family) -> dict[str, list[Place]]:
     for path, module in model.named_modules():
         if isinstance(module, Linear) and ".blocks." in path:
             weight = locate(names, f"{path}.weight")
-            stored = family.stored_name(model.cfg, weight.name)
+            stored = stored_name(model, family, weight.name)
             found.setdefault(stored.removesuffix(".weight"), []).append(Place(path, module, weight))
     return {module: sorted(some, key=lambda p: p.weight.part) for module, some in found.items()}
 
