@@ -225,7 +225,7 @@ MUTANTS = [
     ),
     Mutant(
         "parts of a joint LoRA mixed up",
-        "peft/folder.py",
+        "peft/lora_folder.py",
         "whole[part * rows : (part + 1) * rows, at : at + len(a)] = b",
         "whole[:rows, at : at + len(a)] += b",
         "tests/peft/test_folder.py::test_peft_loads_ours_for_the_same_logits[gpt2-lora]",
