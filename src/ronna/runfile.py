@@ -102,6 +102,7 @@ class PretrainRun(Config):
 # want smaller ones. Questions and conversations are longer than what is classified.
 FULL, SCRATCH = 5e-5, 5e-4
 RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3, "prompt": 5e-3, "prefix": 1e-2}
+MADE = 1e-3  # for a prefix that a network makes
 SHARES = {"dpo": 0.02}  # of the rate
 LENGTHS = {"span_qa": 384, "seq2seq": 256, "dialogue": 512, "dpo": 512}
 
@@ -129,6 +130,7 @@ class FinetuneRun(Config):
         kind, model = str(task.get("kind")), tree.get("model")
         scratch = isinstance(model, dict) and model.get("tokenizer") is not None
         rate = RATES.get(str(peft.get("kind")), SCRATCH if scratch else FULL) * SHARES.get(kind, 1.0)
+        rate = MADE if peft.get("kind") == "prefix" and peft.get("hidden") else rate
         length = LENGTHS.get(kind)
         if optim.get("kind", "adamw") == "adamw":
             tree = {**tree, "optim": {"lr": rate, **optim}}

@@ -134,6 +134,9 @@ def test_an_adapter_has_a_rate_of_its_own_unless_one_is_named():
         return build(FinetuneRun, tree, where="here").optim
 
     assert optim().lr == 5e-5 and optim(peft={"kind": "houlsby"}).lr == RATES["houlsby"]
+    assert optim(peft={"kind": "prefix", "hidden": 8}).lr < optim(peft={"kind": "prefix"}).lr == RATES["prefix"]
+    assert optim(task={"kind": "dpo"}).lr == pytest.approx(1e-6)
+    assert optim(model={"name": "llama-tiny", "tokenizer": "t"}).lr == 5e-4
     named = optim(peft={"kind": "lora"}, optim={"lr": 3e-4})
     assert named.lr == 3e-4 and named.weight_decay == 0.01
     rest = optim(peft={"kind": "lora"}, optim={"weight_decay": 0.0})
@@ -155,3 +158,24 @@ def test_an_adapter_of_an_embedding_model_gives_vectors(method, tiny_bert, tmp_p
     assert isinstance(loaded.task, Embed) and loaded.adapter == "default"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert ronna.evaluate(model=f"{tmp_path}/run/model", data=[f"{tmp_path}/test.jsonl"])["test"] == report["test"]
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("base", ["tiny_gpt", "tiny_t5"])
+def test_virtual_tokens_for_models_that_write(base, method, request, tmp_path):
+    import ronna
+
+    for split, n in (("train", 24), ("validation", 6), ("test", 6)):
+        rows = [{"source": f"{split} film {i}", "target": f"plot {i}"} for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    folder = str(request.getfixturevalue(base))
+    call = ["finetune", "--task", "seq2seq", "--peft", method, "--model", folder, "--train", str(tmp_path)]
+    more = ["--set", "train.steps=3", "--batch", "8", "--length", "40", "--set", "task.target_length=10"]
+    assert main([*call, *more, "--set", "peft.tokens=4", "--out", f"{tmp_path}/run"]) == 0
+    model = f"{tmp_path}/run/model"
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert ronna.evaluate(model=model, data=[f"{tmp_path}/test.jsonl"])["test"] == report["test"]
+    settings = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    own = base == "tiny_t5" and method == "prefix"
+    assert settings["peft_type"] == ("RONNA" if own else f"{method.upper()}_TUNING")
+    assert len(ronna.load(model).generate(["a film 3"])) == 1
