@@ -208,7 +208,8 @@ class Embed(Task):
 
     def vectors(self, model: Transformer, batch: Batch) -> Tensor:
         """(B, C) of length 1, in fp32."""
-        return F.normalize(model.pooled(batch.tokens, batch.sequences, self.config.pool).float(), dim=-1)
+        states = model.pooled(batch.tokens, batch.sequences, self.config.pool)
+        return F.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)
 
     def loss(self, model: Transformer, batch: Batch) -> Loss:
         return self.loss_of(self.vectors(model, batch), [batch])
