@@ -160,14 +160,11 @@ class Task(ABC):
         """What an evaluation during training says of held-out examples: metrics, the one to look at first, and loss."""
         scores = self.infer(model, examples)
         measured = self.measure(examples, scores).metrics
-        # Held-out data of another kind than the training data may have another measure: its first one counts.
-        monitor = self.monitor if self.monitor in measured else next(iter(measured))
         values = {name: metric.value for name, metric in measured.items() if metric.value is not None}
-        return {
-            monitor: values.get(monitor, float("-inf")),
-            "loss": self.mean_loss(examples, scores),
-            **values,
-        }
+        values = {"loss": self.mean_loss(examples, scores), **values}
+        # Held-out data of another kind than the training data may have another measure: its first one counts.
+        monitor = self.monitor if self.monitor in ("loss", *measured) else next(iter(measured))
+        return {monitor: values.get(monitor, float("-inf")), **values}
 
     @abstractmethod
     def decode(self, rows: Sequence[Any], examples: Sequence[Any], scores: Any) -> list[dict[str, Any]]:

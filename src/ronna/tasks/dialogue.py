@@ -226,10 +226,6 @@ class Dialogue(Writing):
 
     # Measures
 
-    def judge(self, model: Transformer, examples: Sequence[Example]) -> dict[str, float]:
-        nats, tokens = self.nats(model, examples)
-        return {"loss": nats / max(1, tokens)}
-
     def infer(self, model: Transformer, examples: Sequence[Example]) -> Written:
         """How well answers are predicted where they are known; an answer to each example where they are not."""
         nats, tokens = self.nats(model, examples)

@@ -9,7 +9,7 @@ Legend: B sequences, two for each of P pairs; M predicted positions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +25,11 @@ from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, predicted_states
 from ronna.tasks.base import like_lengths
 from ronna.tasks.conversation import ASKED, LISTS, Conversation, read_conversation
-from ronna.tasks.dialogue import Dialogue, DialogueConfig, templated
+from ronna.tasks.dialogue import Dialogue, DialogueConfig
 from ronna.tasks.metrics import Scores, mean_scores
 from ronna.tasks.schema import Columns, choose
 from ronna.tasks.truncation import CUT, UNFIT
 from ronna.tasks.writing import Example
-from ronna.text.tokenizer import Tokenizer
 
 PAIRS = (("chosen", "rejected"), ("preferred", "dispreferred"), ("better", "worse"))
 
@@ -118,10 +117,6 @@ class Preference(Dialogue):
         if choice.chosen.label == choice.rejected.label:
             raise BadRow("no preference", "both answers are the same")
         return choice
-
-    @classmethod
-    def learn(cls, config: Any, rows: Sequence[Any], tokenizer: Tokenizer, length: int) -> Self:
-        return cls(templated(tokenizer, config.template), length, config)
 
     @property
     def title(self) -> str:
@@ -217,8 +212,3 @@ class Preference(Dialogue):
         gained = scores.model - scores.reference
         values = {"accuracy": gained > 0, "likelier": scores.model > 0, "margin": self.config.beta * gained}
         return mean_scores({name: value.astype(np.float64) for name, value in values.items()})
-
-    def judge(self, model: Transformer, examples: Sequence[Any]) -> dict[str, float]:
-        scores = self.infer(model, examples)
-        measured = {n: m.value for n, m in self.measure(examples, scores).metrics.items() if m.value is not None}
-        return {"loss": self.mean_loss(examples, scores), **measured}
