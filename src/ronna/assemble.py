@@ -269,8 +269,9 @@ def read_labelled(run: FinetuneRun) -> Labelled:
         "data": hash_files([p for paths in splits.values() for p in paths]),
         "tokenizer": tokenizer.hash,
     }
-    samples = [task.samples(e, sample_rng(0, 0)) for e in examples["train"]]
-    examples["train"] = list(compress(examples["train"], samples))
+    items = [item for example in examples["train"] for item in task.items(example)]
+    samples = [task.samples(item, sample_rng(0, 0)) for item in items]
+    examples["train"] = list(compress(items, samples))
     samples = list(filter(None, samples))
     tokens = [[t for s in some for t in (s.tokens, s.source) if t is not None] for some in samples]
     if not any(tokens):

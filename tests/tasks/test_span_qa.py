@@ -136,7 +136,9 @@ def test_windows_overlap_and_hold_every_token_and_the_answer_where_it_is_whole(t
         assert len(shared) >= 8
     whole = [w for w in example.windows if w.target != (0, 0)]
     assert len(whole) >= 1 and whole[-1] is example.windows[-1]
-    assert len(own.samples(example, np.random.default_rng(0))) == len(example.windows)
+    items = own.items(example)
+    assert [len(own.samples(item, np.random.default_rng(0))) for item in items] == [1] * len(example.windows)
+    assert [item.windows[0] for item in items] == example.windows
 
 
 def test_an_answer_longer_than_every_window_is_counted_and_not_learnt(tiny_bert):
@@ -144,7 +146,7 @@ def test_an_answer_longer_than_every_window_is_counted_and_not_learnt(tiny_bert)
     account: dict[str, int] = {}
     own = task(tiny_bert, length=32)
     [example] = own.encode([asked(context[:200].strip(), context=context)], account)
-    assert account[UNFIT] == 1 and own.samples(example, np.random.default_rng(0)) == []
+    assert account[UNFIT] == 1 and own.items(example) == []
 
 
 def test_a_question_is_cut_and_too_little_room_refused(tiny_bert):

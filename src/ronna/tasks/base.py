@@ -115,6 +115,11 @@ class Task(ABC):
 
     # An objective, as `ronna.objectives.base` asks for
 
+    def items(self, example: Any) -> list[Any]:
+        """A training example in the parts that may be learnt at different steps, such as the windows of a long text:
+        a batch is so many items, and its memory should not depend on how long the texts around them are."""
+        return [example]
+
     @abstractmethod
     def samples(self, item: Any, rng: np.random.Generator) -> list[Sample]: ...
 

@@ -254,9 +254,10 @@ class SpanQA(Task):
                 return int(found[0]), int(found[-1])
         return 0, 0
 
+    def items(self, example: Example) -> list[Example]:
+        return [] if example.unfit else [example._replace(windows=[w]) for w in example.windows]
+
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
-        if item.unfit:
-            return []
         return [Sample(w.tokens, predict=w.places, segments=w.segments, target=w.target) for w in item.windows]
 
     # Loss, scores, answers

@@ -51,6 +51,7 @@ class Piece(NamedTuple):
     tokens: np.ndarray  # (L,)
     places: np.ndarray  # (n,)
     words: np.ndarray  # (n,)
+    ends: tuple[bool, bool]  # whether the sentence begins in it, and ends
 
 
 class Example(NamedTuple):
@@ -190,15 +191,18 @@ class Tag(Task):
         first = np.flatnonzero(np.diff(word, prepend=-1))  # the first token of each word
         for start, end, own in windows(first, len(ids), room):
             places = first[own] - start + len(before)
-            yield Piece(np.concatenate([before, ids[start:end], after]), places, word[first[own]])
+            ends = (own.start == 0, own.stop == len(first))
+            yield Piece(np.concatenate([before, ids[start:end], after]), places, word[first[own]], ends)
+
+    def items(self, example: Example) -> list[Example]:
+        return [example._replace(pieces=[piece]) for piece in example.pieces]
 
     def samples(self, item: Example, rng: np.random.Generator) -> list[Sample]:
         assert item.target is not None
-        samples = [Sample(p.tokens, predict=p.places, labels=item.target[p.words]) for p in item.pieces]
-        if self.config.crf:
-            for i, sample in enumerate(samples):  # whether the sentence begins in it, and ends
-                sample.target = (i == 0, i == len(samples) - 1)
-        return samples
+        return [
+            Sample(p.tokens, predict=p.places, labels=item.target[p.words], target=p.ends if self.config.crf else None)
+            for p in item.pieces
+        ]
 
     # Loss, scores, answers
 
