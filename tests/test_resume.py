@@ -20,6 +20,7 @@ from ronna.base.errors import RonnaError
 from ronna.run import Interrupted, Training, prepare_run
 from ronna.runfile import FinetuneRun, PrepareRun, PretrainRun, TokenizerRun
 from ronna.text.training import TokenizerConfig
+from ronna.train import portions, shelf
 from ronna.verbs.evaluate import load
 from ronna.verbs.prepare import prepare, train_tokenizer_run
 
@@ -95,6 +96,68 @@ def test_resuming_at_every_step_gives_the_same_weights(objective, shards, tmp_pa
         prepare_run(settings(objective, shards, out), resume=True).execute()
         assert digest(out) == wanted, f"cut at step {k}"
         assert len((out / "metrics.jsonl").read_text().splitlines()) == len(metrics)
+
+
+LEAN = [
+    {"train": {"weights": "bf16"}},
+    {"train": {"fused_backward": True}},
+    {"train": {"weights": "bf16", "fused_backward": True, "recompute": {"blocks": "all"}}, "optim": {"kind": "apollo"}},
+    {"train": {"fused_backward": True, "clip": 0}, "optim": {"kind": "adamw8bit"}},
+    {"train": {"offload": ["optimizer"]}},
+]
+
+
+def frugal(shards: dict[str, Path], out: Path, ways: dict[str, Any]) -> PretrainRun:
+    tree = settings("clm", shards, out, **{"micro_batch": None, **ways["train"]}).model_dump(mode="json")
+    return PretrainRun.model_validate(tree | {"optim": ways.get("optim", tree["optim"])})
+
+
+@pytest.mark.parametrize("ways", LEAN)
+def test_ways_to_save_memory_resume_to_the_bit(ways, shards, tmp_path):
+    if ways.get("optim", {}).get("kind") == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    report = prepare_run(frugal(shards, tmp_path / "whole", ways)).execute()
+    assert report["train"]["steps"] == STEPS
+    stored = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    lean = ways["train"].get("weights") == "bf16"
+    assert {t.dtype for t in stored.values() if t.ndim == 2} == {torch.bfloat16 if lean else torch.float32}
+    cut_at(prepare_run(frugal(shards, tmp_path / "cut", ways)), 3)
+    torch.manual_seed(999)
+    prepare_run(frugal(shards, tmp_path / "cut", ways), resume=True).execute()
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+SAME = [
+    {"fused_backward": True},
+    {"recompute": {"blocks": 1, "feeds": "all"}},
+    {"offload": ["optimizer", "activations"]},
+    {"offload": ["activations"], "recompute": {"blocks": "all"}, "fused_backward": True},
+]
+
+
+@pytest.mark.parametrize("train", SAME)
+def test_ways_that_change_no_weight(train, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(shelf, "LEAST", 64)
+    monkeypatch.setattr(portions, "LEAST", 64)
+    for name, more in (("plain", {}), ("frugal", train)):
+        prepare_run(settings("clm", shards, tmp_path / name, **{"micro_batch": None, "clip": 0.3, **more})).execute()
+    assert digest(tmp_path / "frugal") == digest(tmp_path / "plain")
+
+
+def test_recomputing_may_begin_at_a_resumption(shards, tmp_path):
+    prepare_run(settings("clm", shards, tmp_path / "plain")).execute()
+    cut_at(prepare_run(settings("clm", shards, tmp_path / "cut")), 3)
+    prepare_run(settings("clm", shards, tmp_path / "cut", recompute={"blocks": "all"}), resume=True).execute()
+    assert digest(tmp_path / "cut") == digest(tmp_path / "plain")
+
+
+def test_ways_that_do_not_go_together_are_refused(shards, tiny_bert, tmp_path):
+    with pytest.raises(RonnaError, match=r"train\.fused_backward: (.|\n)*micro-batches"):
+        prepare_run(settings("clm", shards, tmp_path / "a", fused_backward=True))
+    for name, value in (("weights", "bf16"), ("fused_backward", True), ("offload", ["optimizer"])):
+        run = tuning(tiny_bert, tmp_path / "b", train={"epochs": 1, name: value}, peft={"kind": "lora"})
+        with pytest.raises(RonnaError, match=rf"train\.{name}: what an adapter trains is small"):
+            prepare_run(run)
 
 
 def test_dropout_is_on_in_these_runs(shards, tmp_path):

@@ -131,7 +131,8 @@ def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Tran
         family, model = loaded.family, loaded.model
     else:
         family, cfg = architecture(run.model, folder, tokenizer)
-        model = build(replace(cfg, classifier=pooler), run.seed)
+        matrices = torch.bfloat16 if run.train.weights == "bf16" else torch.float32  # never held in both
+        model = build(replace(cfg, classifier=pooler), run.seed, matrices)
     if model.cfg.embedding.vocab < tokenizer.vocab_size:
         raise RonnaError(
             f"the model has {model.cfg.embedding.vocab} token embeddings, the tokenizer {tokenizer.vocab_size} tokens",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from ronna.assemble import Labelled, Parts, assemble_finetune, assemble_pretrain
 from ronna.base.config import dump_toml
@@ -26,6 +28,8 @@ from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.compiled import compile_blocks, wants_compile
+from ronna.model.init import hold
+from ronna.model.recompute import recompute_blocks
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
@@ -38,13 +42,24 @@ from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
 from ronna.train.feed import Feed, length_plan, row_plan
 from ronna.train.loop import Interrupted, Progress, Run
 from ronna.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from ronna.train.portions import Portions
 from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import lr_scale
+from ronna.train.shelf import Shelf, away
+from ronna.train.update import FusedUpdate, Update, WholeUpdate
 
 AnyRun = PretrainRun | FinetuneRun
 
+LEAN = {"adamw8bit", "apollo"}  # optimizers that take more room for a step the larger the tensor is
+Named = Callable[[], Iterator[tuple[str, Parameter]]]
 # What may change between a run and its resumption without changing a single weight.
-FREE = {"out": True, "device": True, "track": True, "search": True, "train": {"log_every", "keep", "save_every"}}
+FREE = {
+    "out": True,
+    "device": True,
+    "track": True,
+    "search": True,
+    "train": {"log_every", "keep", "save_every", "recompute"},
+}
 
 
 def identity(run: AnyRun) -> str:
@@ -59,6 +74,7 @@ class Training:
     def __init__(self, run: AnyRun, parts: Parts, device: torch.device, resume: bool, heap: Heap | None = None):
         self.run, self.parts, self.device, self.resume, self.heap = run, parts, device, resume, heap
         self.out, self.store = Path(run.out), Store(parts)
+        self.shelf = Shelf(self.out) if run.train.offload and device.type == "cpu" else None
         config = run.train
         if parts.lengths is None:
             micro = config.micro_batch or config.batch
@@ -95,12 +111,8 @@ class Training:
         refuse_failed(self.check())
         if wants_compile(run.train.compile, self.device):
             compile_blocks(parts.model)
-        rows = EmbeddingRows(parts.model, parts.used)
-
-        def named() -> Iterator[tuple[str, Parameter]]:
-            return rows.named_parameters(parts.model.named_parameters())
-
-        optimizers = build_optimizer(run.optim, named())
+        recompute_blocks(parts.model, run.train.recompute)
+        named, optimizers, update = self.optimization()
         if self.checkpoint is not None:
             tensors = self.checkpoint.tensors("optimizer")
             load_optimizer_tensors(optimizers, named(), tensors)
@@ -115,7 +127,8 @@ class Training:
             total_steps=self.total_steps,
         )
         root = self.out / "checkpoints"
-        with tracker, Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep) as saver:
+        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, background=not self.lean)
+        with tracker, keeper as saver:
             if self.resume:
                 tracker.resume(progress.step + 1)
 
@@ -131,15 +144,42 @@ class Training:
             loop = Run(
                 parts.model, parts.objective, self.feed, optimizers, run.schedule, run.train, self.total_steps,
                 run.seed, tracker, progress, parts.evaluate, save,
-                self.keep_best if isinstance(run, FinetuneRun) else None, give_up, saved_step=progress.step, rows=rows,
+                self.keep_best if isinstance(run, FinetuneRun) else None, give_up, saved_step=progress.step,
+                away=away(self.shelf) if "activations" in run.train.offload else None, update=update,
             )  # fmt: skip
             loop.hooks += [hook for hook in (self.heap, self.allocator) if hook is not None]
             if self.allocator is not None:
                 loop.hooks.append(partial(self.forget_larger, loop.progress))
             if progress.step == 0:
                 peak = float(optimizers[0].param_groups[0]["initial_lr"])
-                loop.hooks.append(FirstStep(parts.model, lambda: peak * lr_scale(run.schedule, 0, self.total_steps)))
+                first = partial(lr_scale, run.schedule, 0, self.total_steps)
+                loop.hooks.append(FirstStep(parts.model, lambda: peak * first(), update.gradient_norm))
             return loop.train()
+
+    @property
+    def lean(self) -> bool:
+        """Whether memory goes before time: one tensor is stepped at a time, and a save waits for the disk instead of
+        copying everything first."""
+        config = self.run.train
+        ways = (config.weights == "bf16", config.fused_backward, "optimizer" in config.offload)
+        return any(ways) or self.run.optim.kind in LEAN
+
+    def optimization(self) -> tuple[Named, list[Optimizer], Update]:
+        """What the optimizers step, by name, the optimizers, and how gradients come to them."""
+        model, optim, config = self.parts.model, self.run.optim, self.run.train
+        parameters, clip = list(model.parameters()), config.clip or math.inf
+        offload = "optimizer" in config.offload
+        if not self.lean:
+            rows = EmbeddingRows(model, self.parts.used)
+            named: Named = lambda: rows.named_parameters(model.named_parameters())  # noqa: E731
+            optimizers = build_optimizer(optim, named())
+            return named, optimizers, WholeUpdate(parameters, clip, rows, optimizers)
+        rows = EmbeddingRows(model, sparse=False)
+        portions = Portions(optim, model.named_parameters(), offload, self.shelf)
+        if config.fused_backward:
+            return portions.named_parameters, portions.optimizers, FusedUpdate(parameters, clip, portions)
+        whole = WholeUpdate(parameters, clip, rows, portions.optimizers, portions)
+        return portions.named_parameters, portions.optimizers, whole
 
     def restore(self) -> Progress:
         """Weights and counters of the newest whole checkpoint, if this is a resumption that has one."""
@@ -219,18 +259,35 @@ def training_account(p: Progress) -> dict[str, Any]:
     }
 
 
+def refuse_lean(run: AnyRun) -> None:
+    """RonnaError for ways to save memory that do not go together."""
+    config = run.train
+    lean = [("weights", config.weights == "bf16"), ("fused_backward", config.fused_backward)]
+    lean.append(("offload", "optimizer" in config.offload))
+    asked = [name for name, wanted in lean if wanted]
+    if asked and isinstance(run, FinetuneRun) and run.peft is not None:
+        what = "what an adapter trains is small already"
+        raise RonnaError(what, where=f"train.{asked[0]}", fix="leave it out, or leave out peft")
+    if config.fused_backward and (config.micro_batch or config.batch) < config.batch:
+        what = "a gradient that is used at once cannot be added up over micro-batches"
+        raise RonnaError(what, where="train.fused_backward", fix="leave out train.micro_batch, or fused_backward")
+
+
 def prepare_run(run: AnyRun, *, resume: bool = False, data: Labelled | None = None) -> Training:
     """Everything of a run but the running: data read, unless it is given; model built, on the device, in the chosen
     precision."""
     out = Path(run.out)
     if (out / "metrics.jsonl").exists() and not resume:
         raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
+    refuse_lean(run)
     torch.manual_seed(seed_for(run.seed))
     device = choose_device(run.device)
     heap = Heap() if device.type == "cpu" else None
     dtype, reason = choose_precision(run.train.precision, device)
     parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run, data)
     parts.model.compute = dtype
+    if run.train.weights == "bf16":
+        hold(parts.model, torch.bfloat16)
     parts.model.to(device)
     if parts.prepare is not None:
         with bare(parts.model):

@@ -15,6 +15,7 @@ from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample
 from ronna.objectives.clm import CausalLM
 from ronna.train.contract import FirstStep, check_start, refuse_failed
+from ronna.train.update import gradient_norm
 
 VOCAB = 40
 
@@ -95,7 +96,7 @@ def test_labels_outside_the_set_are_refused():
 
 def stepped(some: Transformer, lr: float = 1e-2) -> FirstStep:
     """One plain step, then the hook may be called."""
-    hook = FirstStep(some, lambda: lr)
+    hook = FirstStep(some, lambda: lr, gradient_norm)
     batch = torch.tensor([3, 4, 5, 6])
     some(batch, Sequences.of([4])).logsumexp(-1).sum().backward()
     with torch.no_grad():

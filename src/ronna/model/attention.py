@@ -257,8 +257,7 @@ class Attention(nn.Module):
             bare = mask
             mask = sequences.memo(("ahead", self.causal), lambda: seen_ahead(bare, view, ahead, self.causal))
         if bias is not None:
-            table = sequences.memo((bias, q.dtype), lambda: relative(bias, view, q.dtype, ahead))
-            mask = with_bias(mask, table, self.causal)
+            mask = with_bias(mask, relative(bias, sequences, q.dtype, ahead), self.causal)
         q, k, v = view.spread(q), view.spread(k), view.spread(v)
         if prefix is not None:
             k, v = prefix.before(k, v)
@@ -315,14 +314,20 @@ class Attention(nn.Module):
         return self.out(sequences.widen(y) if reads is None else reads.pick(y))
 
 
-def relative(bias: RelativeBias, view: View, dtype: torch.dtype, ahead: int) -> Tensor:
-    """The bias of a whole view and what stands before each of its sequences, (R, H, L, ahead + L), or (1, ...) where
-    every row counts its positions from the same start."""
-    positions = view.position
-    if view.single:
-        positions = torch.arange(ahead, ahead + view.columns, device=positions.device)[None]
-    before = torch.arange(ahead, device=positions.device).expand(len(positions), ahead)
-    return bias(positions, torch.cat([before, positions], dim=1)).to(dtype)
+def relative(bias: RelativeBias, sequences: Sequences, dtype: torch.dtype, ahead: int) -> Tensor:
+    """The bias of the packed view and what stands before each of its sequences, (R, H, L, ahead + L), or (1, ...) where
+    every row counts its positions from the same start; made once for all blocks."""
+
+    def made() -> Tensor:
+        view = sequences.packed
+        positions = view.position
+        if view.single:
+            positions = torch.arange(ahead, ahead + view.columns, device=positions.device)[None]
+        before = torch.arange(ahead, device=positions.device).expand(len(positions), ahead)
+        return bias(positions, torch.cat([before, positions], dim=1)).to(dtype)
+
+    made_once: Tensor = sequences.memo((bias, dtype), made)
+    return made_once
 
 
 def seen_ahead(mask: Tensor | None, view: View, ahead: int, causal: bool) -> Tensor | None:

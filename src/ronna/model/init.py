@@ -18,14 +18,23 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def build(cfg: Model, seed: int) -> Transformer:
-    """A freshly initialised fp32 model on the CPU."""
+def build(cfg: Model, seed: int, matrices: torch.dtype = torch.float32) -> Transformer:
+    """A freshly initialised model on the CPU, its matrices in the given precision, all else in fp32."""
     with torch.device("meta"):
         model = Transformer(cfg)
+    hold(model, matrices)
     model.to_empty(device="cpu")
     model.tie()
     initialise(model, seed)
     return model
+
+
+def hold(model: Transformer, matrices: torch.dtype) -> None:
+    """Hold what has two dimensions in this precision; norms and biases, which are few, stay as they are."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data = parameter.data.to(matrices)
+    model.tie()
 
 
 @torch.no_grad()
@@ -34,7 +43,9 @@ def initialise(model: Transformer, seed: int, only: set[str] | None = None) -> N
     depth = sum(len(s.blocks) for s in (model.cfg.encoder, model.cfg.decoder) if s)
     for name, parameter in model.named_parameters():
         if only is None or name in only:
-            draw(name, parameter, model.cfg, depth, generator(seed, name))
+            whole = parameter if parameter.dtype == torch.float32 else torch.empty_like(parameter, dtype=torch.float32)
+            draw(name, whole, model.cfg, depth, generator(seed, name))
+            parameter.copy_(whole)
 
 
 def draw(name: str, p: Tensor, cfg: Model, depth: int, rng: torch.Generator) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ronna.model.transformer import Head
@@ -53,13 +54,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if grad_b is not None:
                 grad_b += logits.sum(0)
         ctx.save_for_backward(grad_x, grad_w, grad_b)
+        ctx.scaled = None
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors), None, None
+        # In place, as the gradient of a vocabulary is large; a graph that is walked again finds it scaled already, and
+        # autograd, which would refuse a saved tensor that has changed, is not told.
+        factor, ctx.scaled = scale if ctx.scaled is None else scale / ctx.scaled, scale
+        return *(None if g is None else g.data.mul_(factor.to(g.dtype)) for g in ctx.saved_tensors), None, None
 
 
 def softmax_in_place(
@@ -101,6 +106,10 @@ def token_log_probs(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(found) if found else x.new_zeros(0, dtype=torch.float32)
 
 
+def same(x: Tensor) -> Tensor:
+    return x
+
+
 def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """Summed cross entropy (nats) of hidden states (M, C) against labels (M,), and how many are predicted right.
 
@@ -111,5 +120,6 @@ def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float
     bias: Tensor | None = head.logits.bias
     if not torch.is_grad_enabled():  # a Function is told that parameters want gradients even then
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
-    total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels, smoothing)
+    with saved_tensors_hooks(same, same):  # finished gradients, scaled where they lie: no use for them elsewhere
+        total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels, smoothing)
     return total, None if total.requires_grad else correct

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ronna.model import config as c
-from ronna.model.attention import Attention, LayerCache, Prefix, RelativeBias
+from ronna.model.attention import Attention, LayerCache, Prefix, RelativeBias, relative
 from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, dropout, make_norm
 from ronna.model.sequences import Reads, Sequences
 
@@ -113,6 +113,8 @@ class Stack(nn.Module):
     ) -> Tensor:
         """States (T, C) of x (T, C), or those (M, C) that are read."""
         x = sequences.widen(dropout(x, self.cfg.dropout, self.training))
+        if self.bias is not None and cache is None:
+            relative(self.bias, sequences, x.dtype, self.ahead)  # outside of any block, which may be computed twice
         last = len(self.blocks) - 1
         for i, (block, prefix) in enumerate(zip(self.blocks, self.prefix(), strict=True)):
             layer = cache.layer(i) if cache else None

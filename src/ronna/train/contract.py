@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ronna.base.errors import RonnaError
 from ronna.model.sequences import Sequences
@@ -155,15 +156,16 @@ def accumulation(model: Transformer, objective: Objective, samples: list[Sample]
     whole, cut = gradient([samples]), gradient([samples[:first], samples[first:]])
     scale = max(float(g.abs().max()) for g in whole.values())
     worst = max(float((whole[n] - cut[n]).abs().max()) for n in whole) / max(scale, 1e-30)
-    ok = worst < 1e-4
+    coarsest = max(torch.finfo(g.dtype).eps for g in whole.values())  # gradients are as narrow as their weights
+    ok = worst < max(1e-4, 4 * coarsest)
     return Check("accumulation", ok, f"gradients in one piece and in two differ by {worst:.1e} of the largest")
 
 
 class FirstStep:
     """A hook for the first optimizer step: every trainable tensor must have got a gradient and have moved."""
 
-    def __init__(self, model: Transformer, lr: Callable[[], float]):
-        self.model, self.lr = model, lr
+    def __init__(self, model: Transformer, lr: Callable[[], float], gradient_norm: Callable[[Parameter], float | None]):
+        self.model, self.lr, self.gradient_norm = model, lr, gradient_norm
         self.before = self.fingerprints()
         self.done = False
 
@@ -176,9 +178,9 @@ class FirstStep:
         self.done = True
         parameters = dict(self.model.named_parameters())
         after = self.fingerprints()
-        no_gradient = [n for n in self.before if parameters[n].grad is None]
-        # A step far below the spacing of floating-point numbers around a weight cannot move it.
-        visible = {n for n in self.before if self.lr() > 1e-6 * rms(parameters[n]) and has_gradient(parameters[n])}
+        norms = {n: self.gradient_norm(parameters[n]) for n in self.before}
+        no_gradient = [n for n, norm in norms.items() if norm is None]
+        visible = {n for n, norm in norms.items() if norm and math.isfinite(norm) and self.shows(parameters[n])}
         still = [n for n in visible if after[n] == self.before[n]]
         refuse_failed(
             [
@@ -186,6 +188,12 @@ class FirstStep:
                 Check("first step", not still, "did not move: " + ", ".join(sorted(still)[:5])),
             ]
         )
+
+    def shows(self, p: Tensor) -> bool:
+        """A step far below the spacing of floating-point numbers around a weight cannot move it, and moves one in many
+        of a tensor whose weights are rounded by chance."""
+        spacing = torch.finfo(p.dtype).eps * rms(p)
+        return self.lr() > 8 * spacing or (p.dtype == torch.bfloat16 and self.lr() * p.numel() > 100 * spacing)
 
 
 def bits(p: Tensor) -> int:
@@ -197,11 +205,3 @@ def bits(p: Tensor) -> int:
 
 def rms(p: Tensor) -> float:
     return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) / max(1, p.numel()) ** 0.5
-
-
-def has_gradient(p: Tensor) -> bool:
-    if p.grad is None:
-        return False
-    gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
-    return math.isfinite(norm) and norm > 0

@@ -6,21 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from ronna.base.config import Config
 from ronna.base.device import resident_bytes, seed_for
 from ronna.base.errors import RonnaError
+from ronna.model.recompute import Recompute
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Objective, Totals, WholeBatch, of_whole_batch
-from ronna.train.optim import clip_gradients
 from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import Schedule, lr_scale, set_lr
+from ronna.train.update import Backward, Update, WholeUpdate
 
 
 class TrainConfig(Config):
@@ -35,7 +38,11 @@ class TrainConfig(Config):
     length: int = Field(128, ge=8)  # tokens of a row or, fine-tuning, the most of a sequence
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"  # auto: where it pays, which is on CUDA
-    clip: float = Field(1.0, gt=0)
+    recompute: Recompute = Recompute()
+    weights: Literal["fp32", "bf16"] = "fp32"  # what matrices are held in; bf16 is rounded by chance (`portions`)
+    fused_backward: bool = False  # step each parameter inside the backward pass, and free its gradient at once
+    offload: tuple[Literal["optimizer", "activations"], ...] = ()  # to the host's memory, or of a CPU run to disk
+    clip: float = Field(1.0, ge=0)  # the most that the norm of the gradient may be; 0: anything
     log_every: int | None = Field(None, ge=1)  # None: fifty times in the run
     evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run
     save_every: int | None = Field(None, ge=1)  # None: at every evaluation
@@ -122,8 +129,10 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def gradients(model: Transformer, objective: Objective, batches: list[Batch], seed: int) -> Totals:
-    """Add the gradient of one step to the parameters; return its losses and statistics.
+def gradients(
+    model: Transformer, objective: Objective, batches: list[Batch], seed: int, walk: Backward = Tensor.backward
+) -> Totals:
+    """Add the gradient of one step to the parameters, or do with it what `walk` does; return losses and statistics.
 
     Each term is divided once, by its count over all micro-batches: how the step is cut up cannot matter.
     """
@@ -137,15 +146,15 @@ def gradients(model: Transformer, objective: Objective, batches: list[Batch], se
         return totals
     for i, batch in enumerate(batches):
         torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)
-        backward(objective.loss(model, batch), totals)
+        backward(objective.loss(model, batch), totals, walk)
     return totals
 
 
-def backward(loss: Loss, totals: Totals) -> None:
+def backward(loss: Loss, totals: Totals, walk: Backward = Tensor.backward) -> None:
     """Add the gradient of the terms' means to the parameters, and their sums to the totals, whose counts divide."""
     terms = [total / totals.counts[term] for term, total in loss.sums.items() if totals.counts[term]]
     if terms:
-        torch.stack(terms).sum().backward()
+        walk(torch.stack(terms).sum())
     totals.add(loss.sums | loss.stats, {})
 
 
@@ -203,11 +212,14 @@ class Run:
     give_up: Callable[[Progress], bool] | None = None  # asked after each evaluation
     hooks: list[Callable[[int], None]] = field(default_factory=list)
     saved_step: int = -1
-    rows: EmbeddingRows | None = None  # what the optimizers train of the token table; None: all of it
+    away: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None  # where activations wait, if not here
+    update: Update | None = None  # None: all gradients, clipped together, then the optimizers
 
     def __post_init__(self) -> None:
-        self.embedding = self.rows or EmbeddingRows(self.model)
         self.parameters = list(self.model.parameters())  # to walk the modules at every step takes half a millisecond
+        if self.update is None:
+            rows = EmbeddingRows(self.model)
+            self.update = WholeUpdate(self.parameters, self.config.clip or math.inf, rows, self.optimizers)
 
     def train(self) -> Progress:
         """Train to the end, early stop or interruption.
@@ -242,17 +254,14 @@ class Run:
     def step(self, window: Window) -> None:
         p = self.progress
         batches = self.feed(p.step)
-        totals = gradients(self.model, self.objective, batches, seed_for(self.seed, p.step))
-        self.embedding.merge()
-        norm = clip_gradients(self.parameters, self.config.clip)
-        if sum(totals.counts.values()) == 0 or not math.isfinite(float(norm)):
+        seed = seed_for(self.seed, p.step)
+        set_lr(self.optimizers, lr_scale(self.schedule, p.step, self.total_steps))
+        assert self.update is not None
+        totals, norm, done = self.update(partial(self.gradients, batches, seed), seed)
+        if not done:
             self.skip(norm)
         else:
             p.skipped_in_a_row = 0
-            set_lr(self.optimizers, lr_scale(self.schedule, p.step, self.total_steps))
-            with self.embedding.dense():
-                for optimizer in self.optimizers:
-                    optimizer.step()
             for hook in self.hooks:
                 hook(p.step)
             tokens = sum(b.real_tokens for b in batches)
@@ -263,6 +272,12 @@ class Run:
         for parameter in self.parameters:
             parameter.grad = None
         p.step += 1
+
+    def gradients(self, batches: list[Batch], seed: int, walk: Backward) -> Totals:
+        if self.away is None:
+            return gradients(self.model, self.objective, batches, seed, walk)
+        with saved_tensors_hooks(*self.away):
+            return gradients(self.model, self.objective, batches, seed, walk)
 
     def skip(self, norm: Tensor) -> None:
         """A step without a usable gradient leaves weights and optimizer as they are."""

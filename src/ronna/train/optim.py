@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
+from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, EightBitAdamW
 
 Decay = Annotated[float, Field(ge=0.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -89,61 +90,84 @@ class Muon(Config):
     adamw: AdamW = AdamW()
 
 
-OptimizerConfig = Annotated[AdamW | Adam | SGD | Adafactor | Muon, Field(discriminator="kind")]
+OptimizerConfig = Annotated[AdamW | Adam | SGD | Adafactor | Muon | AdamW8bit | Apollo, Field(discriminator="kind")]
 
 
 def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) -> list[Optimizer]:
-    """The optimizers of a model's trainable parameters: two for muon (Muon, AdamW), one for every other kind.
+    """The optimizers of a model's trainable parameters: two where a kind is not for all of them, else one.
 
     Weight decay falls on matrices (two dimensions or more) only, never on norms and biases. A parameter that
     appears under several names (tied embeddings) is taken once. Each group keeps its configured rate as
     "initial_lr", for `ronna.train.schedule.set_lr`. Raises RonnaError when there is nothing to train.
     """
+    return _build(config, _trainable(config, named_parameters))
+
+
+def build_apart(config: OptimizerConfig, named_parameters: NamedParameters) -> dict[Parameter, list[Optimizer]]:
+    """The same, but optimizers of its own for each parameter."""
+    trainable = _trainable(config, named_parameters)
+    return {p: _build(config, {p: name}) for p, name in trainable.items()}
+
+
+def _trainable(config: OptimizerConfig, named_parameters: NamedParameters) -> dict[Parameter, str]:
     trainable = {p: name for p, name in _names(named_parameters).items() if p.requires_grad}
     if not trainable:
         raise RonnaError("no parameter is left to train", fix="unfreeze some, or add an adapter")
+    if isinstance(config, Muon) and not any(p.ndim == 2 and _inside_block(name) for p, name in trainable.items()):
+        raise RonnaError("muon found no matrix inside a block to train", fix='use kind = "adamw"')
+    return trainable
+
+
+def _build(config: OptimizerConfig, trainable: dict[Parameter, str]) -> list[Optimizer]:
+    """One for the parameters that the kind is made for, where there are any, and AdamW for the rest."""
     if isinstance(config, Muon):
-        optimizers = _build_muon(config, trainable)
+        own = [p for p, name in trainable.items() if p.ndim == 2 and _inside_block(name)]
+    elif isinstance(config, AdamW8bit):
+        own = [p for p in trainable if p.numel() >= SMALL]
+    elif isinstance(config, Apollo):
+        own = [p for p in trainable if p.ndim == 2]
     else:
-        optimizers = [_build_one(config, list(trainable))]
+        own = list(trainable)
+    taken = set(own)
+    others = [p for p in trainable if p not in taken]
+    optimizers = [_build_one(config, own)] if own else []
+    if others:
+        shared = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+        optimizers.append(_build_one(config.adamw if isinstance(config, Muon) else AdamW(**shared), others))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def _build_one(config: AdamW | Adam | SGD | Adafactor, parameters: list[Parameter]) -> Optimizer:
+def _build_one(config: OptimizerConfig, parameters: list[Parameter]) -> Optimizer:
     if isinstance(config, Adam):
         fused = _can_fuse(parameters)
         return torch.optim.Adam(parameters, config.lr, config.betas, config.eps, fused=fused)
+    if isinstance(config, Muon):
+        return torch.optim.Muon(
+            parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            ns_steps=config.steps,
+            adjust_lr_fn="match_rms_adamw",
+        )
     groups = _decay_groups(parameters, config.weight_decay)
     if isinstance(config, AdamW):
         fused = _can_fuse(parameters)
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=fused)
     if isinstance(config, SGD):
         return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
+    if isinstance(config, AdamW8bit):
+        return EightBitAdamW(groups, config.lr, config.betas, config.eps)
+    if isinstance(config, Apollo):
+        return ApolloOptimizer(groups, config.lr, config.betas, config.eps, config.rank, config.scope, config.refresh)
     # torch squares the first eps where it floors the second moment (giving the paper's 1e-30), but not where
     # it floors the mean of the rows; its default of 1e-7 there would swamp gradients below 3e-4.
     eps = (1e-15, 1e-3)
     return torch.optim.Adafactor(groups, config.lr, config.beta2_decay, eps, config.clip)
-
-
-def _build_muon(config: Muon, trainable: dict[Parameter, str]) -> list[Optimizer]:
-    hidden = [p for p, name in trainable.items() if p.ndim == 2 and _inside_block(name)]
-    if not hidden:
-        raise RonnaError("muon found no matrix inside a block to train", fix='use kind = "adamw"')
-    muon = torch.optim.Muon(
-        hidden,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        ns_steps=config.steps,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    taken = set(hidden)
-    rest = [p for p in trainable if p not in taken]
-    return [muon, _build_one(config.adamw, rest)] if rest else [muon]
 
 
 def _inside_block(name: str) -> bool:
@@ -200,7 +224,7 @@ def load_optimizer_tensors(
             name = names[parameter]
             state = saved.pop(name, {})
             if _STATELESS not in state:
-                problems += _state_problems(name, parameter, state, _state_keys(optimizer, parameter.ndim))
+                problems += _state_problems(name, parameter, state, optimizer)
                 states[number] = state
         loads.append((optimizer, states))
     problems += [f"unknown {name}.{key}" for name, state in saved.items() for key in state]
@@ -212,7 +236,11 @@ def load_optimizer_tensors(
         optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
-def _state_problems(name: str, parameter: Parameter, state: dict[str, Tensor], keys: set[str]) -> list[str]:
+def _state_problems(name: str, parameter: Parameter, state: dict[str, Tensor], optimizer: Optimizer) -> list[str]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(optimizer, EightBitAdamW | ApolloOptimizer):
+        shapes = optimizer.shapes(parameter.shape)
+    keys = set(shapes) or _state_keys(optimizer, parameter.ndim)
     problems = [f"missing {name}.{key}" for key in sorted(keys - state.keys())]
     problems += [f"unknown {name}.{key}" for key in sorted(state.keys() - keys)]
     size = tuple(parameter.shape)
@@ -220,7 +248,7 @@ def _state_problems(name: str, parameter: Parameter, state: dict[str, Tensor], k
         # As the parameter, or 1 where it is summed up: step counters, row and column moments.
         shape = tuple(state[key].shape)
         fits = len(shape) == len(size) and all(s in (1, p) for s, p in zip(shape, size, strict=True))
-        if shape and not fits:
+        if shape != shapes[key] if shapes else shape and not fits:
             problems.append(f"{name}.{key} has shape {shape} for a parameter of {size}")
     return problems
 
@@ -264,11 +292,16 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
         return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
-    # A norm of 0 clips nothing; without this an infinite norm would turn the gradients into zeros and NaN.
-    scale = (max_norm / (torch.where(total.isfinite(), total, 0.0) + 1e-6)).clamp(max=1.0)
+    scale = scaled_to(total, max_norm)
     by_device: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         by_device[gradient.device].append(gradient)
     for device, group in by_device.items():
         torch._foreach_mul_(group, scale.to(device))
     return total
+
+
+def scaled_to(norm: Tensor, max_norm: float) -> Tensor:
+    """What to multiply gradients of this norm by: at most 1, and 1 where the norm is not finite."""
+    # A norm of 0 clips nothing; without this an infinite norm would turn the gradients into zeros and NaN.
+    return (max_norm / (torch.where(norm.isfinite(), norm, 0.0) + 1e-6)).clamp(max=1.0)

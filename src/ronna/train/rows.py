@@ -23,13 +23,14 @@ class EmbeddingRows:
     these do nothing.
 
     used: (N,) ids that the training data holds. The optimizer is then given these rows alone, under the table's own
-    name; the others stay as they are, without decay too, and have no optimizer state.
+    name; the others stay as they are, without decay too, and have no optimizer state. With `sparse` false the gradient
+    is dense in any case.
     """
 
-    def __init__(self, model: Transformer, used: Tensor | None = None):
+    def __init__(self, model: Transformer, used: Tensor | None = None, sparse: bool = True):
         embedding = model.embedding.tokens
         tied = model.head is not None and model.head.cfg.tied
-        embedding.sparse = model.device.type == "cpu" and not tied and embedding.weight.requires_grad
+        embedding.sparse = sparse and model.device.type == "cpu" and not tied and embedding.weight.requires_grad
         self.table: Parameter = embedding.weight  # type: ignore[assignment]
         self.trained: Parameter = self.table
         self.used: Tensor | None = None
