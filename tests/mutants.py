@@ -272,6 +272,62 @@ MUTANTS = [
         "tile.copy_(p)",
         "tests/model/test_loss.py::test_smoothed_loss_is_that_of_torch[one tile]",
     ),
+    Mutant(
+        "dropout drawn anew when computed again",
+        "model/recompute.py",
+        "use_reentrant=False, **named)",
+        "use_reentrant=False, preserve_rng_state=False, **named)",
+        "tests/model/test_recompute.py::test_gradients_are_the_same_to_the_bit[bert-tiny-config0-precision0]",
+    ),
+    Mutant(
+        "a finished gradient scaled twice",
+        "model/loss.py",
+        "scale if ctx.scaled is None else scale / ctx.scaled, scale",
+        "scale, scale",
+        "tests/train/test_update.py::test_the_same_weights_to_the_bit[1000.0-adamw]",
+    ),
+    Mutant(
+        "a fused step that does not clip",
+        "train/update.py",
+        "parameter.grad.mul_(self.scale)",
+        "parameter.grad.mul_(1.0)",
+        "tests/train/test_update.py::test_the_same_weights_to_the_bit[0.05-adamw]",
+    ),
+    Mutant(
+        "a gradient kept until the backward pass ends",
+        "train/update.py",
+        "            self.portions.step(parameter, self.seed)\n        parameter.grad = None",
+        "            self.portions.step(parameter, self.seed)",
+        "tests/train/test_update.py::test_one_gradient_at_a_time[inf]",
+    ),
+    Mutant(
+        "bf16 weights cut off",
+        "train/portions.py",
+        "(noise.add_(x.view(torch.int32)) >> 16)",
+        "(x.view(torch.int32) >> 16)",
+        "tests/train/test_portions.py::test_steps_too_small_for_bf16_are_not_lost",
+    ),
+    Mutant(
+        "APOLLO's scale of the projection",
+        "train/lean.py",
+        "scale * math.sqrt(gradient.shape[0] / rank)",
+        "scale",
+        "tests/train/test_lean.py::test_apollo_keeps_a_quarter_and_steps_as_far_as_adamw",
+    ),
+    Mutant(
+        "codes read back as moments",
+        "train/lean.py",
+        "state[name].to(torch.uint8) for name",
+        "state[name] for name",
+        "tests/train/test_lean.py::test_states_go_and_come_back_to_the_bit[config0]",
+    ),
+    Mutant(
+        "windows in one batch with their text",
+        "tasks/span_qa.py",
+        "[example._replace(windows=[w]) for w in example.windows]",
+        "[example]",
+        "tests/tasks/test_span_qa.py::test_windows_overlap_and_hold_every_token_and_the_answer_where_it_is_whole",
+    ),
 ]
 
 

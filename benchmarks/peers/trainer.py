@@ -219,6 +219,7 @@ def run(a: argparse.Namespace, out: str, train: Rows, test: Rows) -> dict[str, f
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
+    trainer.args.train_sampling_strategy = "sequential"  # else it evaluates in another order than the data's
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "seconds": seconds,

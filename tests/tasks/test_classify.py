@@ -9,6 +9,10 @@ import torch
 from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow, BadRows
 from ronna.data.sources import Record
+from ronna.model.config import Classifier
+from ronna.model.folder import load_folder
+from ronna.peft.methods import adapt
+from ronna.peft.prompt import PromptConfig
 from ronna.tasks.base import like_lengths, read_rows
 from ronna.tasks.classify import (
     Classify,
@@ -175,6 +179,22 @@ def test_like_lengths_hold_every_index_once():
     batches = list(like_lengths(lengths, 100))
     assert sorted(i for b in batches for i in b) == list(range(6))
     assert all(sum(lengths[i] for i in b) <= 100 for b in batches)
+    assert (
+        max(map(len, like_lengths([5] * 30, 100))) == 20 and max(map(len, like_lengths([5] * 30, 100, ahead=5))) == 10
+    )
+
+
+def test_virtual_tokens_count_in_a_batch(tiny_bert, monkeypatch):
+    own = task(tiny_bert, "single")
+    model = load_folder(tiny_bert, classifier=Classifier(2)).model
+    adapt(model, PromptConfig(tokens=10), seed=0)
+    sizes = []
+    monkeypatch.setattr(
+        model, "scores", lambda *a, scores=model.scores, **k: sizes.append(len(a[1])) or scores(*a, **k)
+    )
+    examples = [Example(np.array([2, 5, 6, 7, 3]), np.zeros(5, np.int64), None)] * 12
+    own.infer(model, examples, batch_tokens=60)
+    assert sizes == [4, 4, 4]
 
 
 def test_columns_are_guessed_named_or_refused():

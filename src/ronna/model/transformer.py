@@ -260,8 +260,14 @@ class Transformer(nn.Module):
     @property
     def max_length(self) -> int | None:
         """The most tokens that a text may have, or None where nothing says."""
-        longest, virtual = self.cfg.max_length, self.embedding.virtual()
-        return None if longest is None else longest - self.last.ahead - (0 if virtual is None else len(virtual))
+        longest = self.cfg.max_length
+        return None if longest is None else longest - self.ahead
+
+    @property
+    def ahead(self) -> int:
+        """Virtual tokens, and keys that nobody computes, before every text."""
+        virtual = self.embedding.virtual()
+        return self.last.ahead + (0 if virtual is None else len(virtual))
 
     def placed(self, sequences: Sequences, stack: Stack, memory: Memory | None = None) -> Sequences:
         """Where a text's tokens lie in what a stack reads; virtual ones stand before what the first stack reads."""

@@ -199,15 +199,15 @@ def unfolded(task: type[Task], records: Iterable[Record], bad: BadRows) -> Itera
             yield part
 
 
-def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length whose tokens stay below `batch_tokens`."""
+def like_lengths(lengths: Sequence[int], batch_tokens: int, ahead: int = 0) -> Iterator[list[int]]:
+    """Indices in batches of similar length whose tokens stay below `batch_tokens`, those `ahead` of each counted."""
     batch: list[int] = []
     total = 0
     for i in np.argsort(lengths, kind="stable")[::-1].tolist():
-        if batch and total + lengths[i] > batch_tokens:
+        if batch and total + lengths[i] + ahead > batch_tokens:
             yield batch
             batch, total = [], 0
         batch.append(i)
-        total += lengths[i]
+        total += lengths[i] + ahead
     if batch:
         yield batch

@@ -241,7 +241,7 @@ class Classify(Task):
         """Scores (N, K) in the order of the examples, computed in batches of like length."""
         model.eval()
         scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens):
+        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens, model.ahead):
             samples = [Sample(examples[i].tokens, segments=examples[i].segments) for i in indices]
             scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
         return scores

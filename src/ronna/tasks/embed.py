@@ -238,7 +238,7 @@ class Embed(Task):
         model.eval()
         flat = [tokens for e in examples for tokens in e.texts]
         found = np.zeros((len(flat), model.cfg.dim), np.float32)
-        for indices in like_lengths([len(t) for t in flat], batch_tokens):
+        for indices in like_lengths([len(t) for t in flat], batch_tokens, model.ahead):
             batch = collate(self.bare, [Sample(flat[i]) for i in indices], model.device)
             found[indices] = self.vectors(model, batch).cpu().numpy()
         return np.split(found, np.cumsum([len(e.texts) for e in examples])[:-1]) if examples else []

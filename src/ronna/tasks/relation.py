@@ -264,7 +264,7 @@ class Relation(Task):
         """Scores (N, K) in the order of the examples."""
         model.eval()
         scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens):
+        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens, model.ahead):
             samples = [Sample(examples[i].tokens, predict=examples[i].places) for i in indices]
             scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
         return scores
