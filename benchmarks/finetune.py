@@ -1,7 +1,8 @@
 """Fine-tuning with ours beside Hugging Face's Trainer: same folder, rows, epochs, batch and rate.
 
     python benchmarks/finetune.py --model FOLDER --data FOLDER_OF_SPLITS [--task tag] [--limit 4000] [--epochs 1]
-                                  [--peft lora] [--lr 5e-5] [--length 128] [--rounds 1] [--side ours]
+                                  [--peft lora [--quantize nf4]] [--lr 5e-5] [--length 128] [--rounds 1]
+                                  [--side ours]
 
 The Trainer runs at its best (`peers/trainer.py`); where the peft library lacks a method, ours runs alone. Each side
 has its own process; the rate counts training alone, the peak of memory is the process's. Prints one JSON line a side
@@ -42,7 +43,7 @@ def ours(a: argparse.Namespace, out: str) -> dict[str, float]:
     report = ronna.finetune(
         out=f"{out}/ours",
         seed=a.seed,
-        model={"name": a.model},
+        model={"name": a.model, "quantize": a.quantize},
         data={"train": a.data, "allow_overlap": True, "max_bad_rows": 1000} | ({"limit": a.limit} if a.limit else {}),
         task={"kind": a.task},
         optim={"kind": "adamw", "lr": a.lr},
@@ -74,6 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data")
     parser.add_argument("--task", choices=sorted(METRICS), default="classify")
     parser.add_argument("--peft", choices=["lora", "adalora", "houlsby", "bitfit", "prompt", "prefix"])
+    parser.add_argument("--quantize", choices=["nf4", "nf4_double"], help="of ours; the Trainer's weights stay wide")
     parser.add_argument("--limit", type=int, help="training rows")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=5e-5)

@@ -224,6 +224,20 @@ MUTANTS = [
         "tests/peft/test_changes.py::test_lora_is_its_formula",
     ),
     Mutant(
+        "blocks of 4 bits begun with every row",
+        "model/fourbit.py",
+        "rows = shape if shape[1] % BLOCK == 0 else (1, shape[0] * shape[1])",
+        "rows = shape",
+        "tests/model/test_fourbit.py::test_weights_are_the_nearest_of_sixteen_numbers[(48, 32)]",
+    ),
+    Mutant(
+        "a wide weight kept for the backward pass",
+        "model/fourbit.py",
+        "FourBitProduct.apply(input, bias, self.held, self.shape)",
+        "F.linear(input, self.held.wide(self.shape, input.dtype), bias)",
+        "tests/model/test_fourbit.py::test_the_backward_pass_is_given_codes_and_no_weight[torch.float32]",
+    ),
+    Mutant(
         "parts of a joint LoRA mixed up",
         "peft/lora_folder.py",
         "whole[part * rows : (part + 1) * rows, at : at + len(a)] = b",

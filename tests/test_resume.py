@@ -228,7 +228,7 @@ def newest(out: Path) -> int:
     return max(steps, default=0)
 
 
-def tuning(model: Path, out: Path, **more: Any) -> FinetuneRun:
+def tuning(model: Path, out: Path, quantize: str | None = None, **more: Any) -> FinetuneRun:
     rng = random.Random(1)
     train = out.parent / "train.jsonl"
     rows = [
@@ -239,7 +239,7 @@ def tuning(model: Path, out: Path, **more: Any) -> FinetuneRun:
         {
             "out": str(out),
             "device": "cpu",
-            "model": {"name": str(model), "dropout": 0.1},
+            "model": {"name": str(model), "dropout": 0.1, "quantize": quantize},
             "data": {"train": str(train)},
             "train": {"steps": STEPS, "batch": 8, "micro_batch": 5, "length": 32, "evaluate_every": 2},
             **more,
@@ -261,12 +261,16 @@ def test_fine_tuning_resumes_with_the_same_weights_and_leaves_unused_rows_alone(
         assert digest(tmp_path / str(k)) == digest(tmp_path / "whole"), f"cut at step {k}"
 
 
-@pytest.mark.parametrize("kind", ["lora", "adalora", "houlsby", "bitfit"])
+@pytest.mark.parametrize("kind", ["lora", "adalora", "houlsby", "bitfit", "lora, nf4", "bitfit, nf4_double"])
 def test_an_adapter_resumes_with_the_same_weights_from_the_adapter_alone(kind, tiny_bert, tmp_path):
+    kind, _, quantize = kind.partition(", ")
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+
     def run(name: str | int) -> FinetuneRun:
         allocated = {"rank": 4, "target_rank": 2, "every": 1, "warmup": 0.0, "dropout": 0.1}
         more = {"lora": {"dropout": 0.1, "dora": True}, "adalora": allocated}.get(kind, {})
-        return tuning(tiny_bert, tmp_path / str(name), peft={"kind": kind, **more})
+        return tuning(tiny_bert, tmp_path / str(name), quantize or None, peft={"kind": kind, **more})
 
     prepare_run(run("whole")).execute()
     wanted = load_file(tmp_path / "whole" / "model" / "adapter_model.safetensors")

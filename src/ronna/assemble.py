@@ -22,6 +22,7 @@ from ronna.labelled import read_splits, resolve_splits
 from ronna.model.config import Classifier, Model
 from ronna.model.families import PRESETS, Family, preset, read_config, read_config_json, with_dropout
 from ronna.model.folder import load_folder
+from ronna.model.fourbit import held_in, import_bitsandbytes
 from ronna.model.init import build
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
@@ -125,21 +126,20 @@ def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Tran
     folder = local_folder(run.model.name)
     if folder.is_dir() and not run.model.scratch:
         refuse_settings(run.model)
-        loaded = load_folder(folder, head=True, classifier=pooler, seed=run.seed)
+        loaded = load_folder(folder, head=True, classifier=pooler, seed=run.seed, dropout=run.model.dropout)
         for note in loaded.notes:
             say(note)
         family, model = loaded.family, loaded.model
     else:
         family, cfg = architecture(run.model, folder, tokenizer)
-        matrices = torch.bfloat16 if run.train.weights == "bf16" else torch.float32  # never held in both
-        model = build(replace(cfg, classifier=pooler), run.seed, matrices)
+        model = new_model(family, replace(cfg, classifier=pooler), run)
     if model.cfg.embedding.vocab < tokenizer.vocab_size:
         raise RonnaError(
             f"the model has {model.cfg.embedding.vocab} token embeddings, the tokenizer {tokenizer.vocab_size} tokens",
             where=run.model.name,
             fix="use the model's own tokenizer, or start from a preset",
         )
-    return family, set_dropout(model, family, run.model)
+    return family, model
 
 
 def build_objective(run: PretrainRun, tokenizer: Tokenizer, shards: Shards) -> MaskedLM | CausalLM | Denoise:
@@ -211,16 +211,10 @@ def refuse_settings(config: ModelConfig) -> None:
         raise RonnaError("a folder's shape is its own", where="model.settings", fix=fix)
 
 
-def set_dropout(model: Transformer, family: Family, config: ModelConfig) -> Transformer:
-    """Set the dropout that the user asked for; modules read it from their parts' configs."""
-    if config.dropout is None:
-        return model
-    cfg = with_dropout(family, model.cfg, config.dropout)
-    with torch.device("meta"):
-        changed = Transformer(cfg)
-    changed.load_state_dict(model.state_dict(), assign=True)
-    changed.tie()
-    return changed
+def new_model(family: Family, cfg: Model, run: PretrainRun | FinetuneRun) -> Transformer:
+    """New weights, with the dropout that the user asked for, in no other precision than they are to have."""
+    rate, matrices = run.model.dropout, torch.bfloat16 if run.train.weights == "bf16" else torch.float32
+    return build(cfg if rate is None else with_dropout(family, cfg, rate), run.seed, matrices)
 
 
 # Fine-tuning
@@ -252,6 +246,7 @@ def read_labelled(run: FinetuneRun) -> Labelled:
     """The records of every split as the task has them. Raises RonnaError."""
     folder = local_folder(run.model.name)
     family, cfg, tokenizer = starting_point(run.model, folder)  # a mistyped folder should not wait for the data
+    check_quantize(run, folder)
     kind, splits = TASKS[run.task.kind], resolve_splits(run.data)
     rows, account = read_splits(kind, splits, run.data, Path(run.out))
     limit = longest_text(cfg, run.peft)
@@ -367,8 +362,26 @@ def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, t
     """The folder's model with the task's head, or the same architecture with new weights."""
     head, classifier = cfg.head if task.writes else None, task.classifier(family, cfg)
     if run.model.scratch or not folder.is_dir():
-        return set_dropout(build(replace(cfg, head=head, classifier=classifier), run.seed), family, run.model)
-    loaded = load_folder(folder, head=task.writes, classifier=classifier, seed=run.seed)
-    for note in loaded.notes:
-        say(note)
-    return set_dropout(loaded.model, family, run.model)
+        return new_model(family, replace(cfg, head=head, classifier=classifier), run)
+    dropout, quantize = run.model.dropout, run.model.quantize
+    loaded = load_folder(
+        folder, head=task.writes, classifier=classifier, seed=run.seed, dropout=dropout, quantize=quantize
+    )
+    for note in (*loaded.notes, held_in(loaded.model)):
+        if note is not None:
+            say(note)
+    return loaded.model
+
+
+def check_quantize(run: FinetuneRun, folder: Path) -> None:
+    """Raises RonnaError where weights in 4 bits would have to learn, are none yet, or the library is not there."""
+    if run.model.quantize is None:
+        return
+    where = "model.quantize"
+    if run.peft is None:
+        fix = "add an adapter (--peft lora), or leave it out"
+        raise RonnaError("weights in 4 bits cannot learn", where=where, fix=fix)
+    if run.model.scratch or not folder.is_dir():
+        fix = "name a model folder, or leave it out"
+        raise RonnaError("new weights in 4 bits would have nothing in them to adapt", where=where, fix=fix)
+    import_bitsandbytes()

@@ -39,6 +39,7 @@ OUT = Flag("--out", "out", "folder to write")
 SEED = Flag("--seed", "seed", "seed of everything random", NUMBER)
 DEVICE = Flag("--device", "device", "auto, cpu, cuda, cuda:1, mps")
 PRECISION = Flag("--precision", "precision", "auto, fp32, bf16")
+QUANTIZE = Flag("--quantize", "quantize", "hold the weights of the blocks in 4 bits: nf4, nf4_double")
 BAD_ROWS = Flag("--max-bad-rows", "max_bad_rows", "bad rows to set aside before giving up (default 0)", NUMBER)
 TRAINING = (
     Flag("--lr", "optim.lr", "peak learning rate", NUMBER),
@@ -87,6 +88,7 @@ VERBS: dict[str, Verb] = {
          Flag("--model", "model.name", "model folder, or a preset to train from scratch"),
          Flag("--tokenizer", "model.tokenizer", "tokenizer folder of a preset"),
          Flag("--peft", "peft.kind", "train an adapter alone: lora, adalora, houlsby, bitfit, prompt, prefix"),
+         Flag("--quantize", "model.quantize", "hold the weights under the adapter in 4 bits: nf4, nf4_double"),
          Flag("--train", "data.train", "file, or folder with train, validation and test"),
          Flag("--validation", "data.validation", "file"), Flag("--test", "data.test", "file"),
          Flag("--text", "data.text", "column of the text"), Flag("--text-pair", "data.text_pair", "of the second text"),
@@ -104,14 +106,14 @@ VERBS: dict[str, Verb] = {
         (Flag("--model", "model", "model folder"), Flag("--data", "data", "files", "+"), OUT, *COLUMNS,
          Flag("--label", "label", "column of the label"),
          Flag("--length", "length", "tokens of a sequence or window", NUMBER),
-         DEVICE, PRECISION, BAD_ROWS),
+         DEVICE, PRECISION, QUANTIZE, BAD_ROWS),
     ),
     "predict": Verb(
         "records in, records with predictions out, streaming", "PredictRun", "ronna.verbs.evaluate:predict",
         (Flag("--model", "model", "model folder"), Flag("--input", "input", "file, or - for standard input"),
          Flag("--output", "output", "file, or - for standard output"),
          Flag("--relations", "relations", "relation folder: triples of the entities that --model finds"), *COLUMNS,
-         Flag("--length", "length", "most tokens of a sequence", NUMBER), DEVICE, PRECISION, BAD_ROWS),
+         Flag("--length", "length", "most tokens of a sequence", NUMBER), DEVICE, PRECISION, QUANTIZE, BAD_ROWS),
     ),
     "generate": Verb(
         "text from a decoder or an encoder-decoder", "GenerateRun", "ronna.verbs.evaluate:generate_run",
@@ -123,7 +125,7 @@ VERBS: dict[str, Verb] = {
          Flag("--beams", "decoding.beams", "beam search with so many beams", NUMBER),
          Flag("--stop", "decoding.stop", "texts to stop at", "+"),
          Flag("--seed", "decoding.seed", "of sampling", NUMBER),
-         DEVICE, PRECISION),
+         DEVICE, PRECISION, QUANTIZE),
     ),
     "doctor": Verb(
         "check a run file, its data and its model before it starts", "DoctorRun", "ronna.verbs.doctor:doctor",

@@ -56,8 +56,11 @@ class Train(Part):
 
 
 class Memory(Part):
+    """`held` is what the weights inside the blocks were held in, where that was 4 bits."""
+
     peak_bytes: int | None = None
     planned_bytes: int | None = None
+    held: str | None = None
 
 
 class Data(Part):

@@ -28,6 +28,7 @@ from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.compiled import compile_blocks, wants_compile
+from ronna.model.fourbit import held_in
 from ronna.model.init import hold
 from ronna.model.recompute import recompute_blocks
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
@@ -218,8 +219,8 @@ class Training:
             self.keep_best()
         cfg = self.parts.model.cfg
         best, dtype = self.parts.model, self.parts.model.compute
-        if isinstance(self.run, FinetuneRun):  # the folder, in the precision in which `evaluate` will read it
-            best = open_folder(self.out / "model").model.to(self.device, dtype)
+        if isinstance(self.run, FinetuneRun):  # the folder, as `evaluate` will read it
+            best = open_folder(self.out / "model", self.run.model.quantize).model.to(self.device, dtype)
         best.compute = dtype
         scores = self.parts.test(best)
         for name, measured in scores.items():
@@ -236,7 +237,7 @@ class Training:
             test=scores.get("test"),
             validation=scores.get("validation", last),
             train=training_account(progress),
-            memory={"peak_bytes": peak_resident_bytes(), "planned_bytes": None},
+            memory={"peak_bytes": peak_resident_bytes(), "planned_bytes": None, "held": held_in(self.parts.model)},
             data=self.parts.account,
             config_hash=self.hashes["config"],
             evaluations=progress.history,

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from ronna.base.config import Config, Tree
 from ronna.base.track import WandbConfig
 from ronna.decoding.sampling import GenerateConfig
+from ronna.model.fourbit import Quantize
 from ronna.objectives.clm import CLMConfig
 from ronna.objectives.denoise import DenoiseConfig
 from ronna.objectives.mlm import MLMConfig
@@ -39,6 +40,7 @@ class StartConfig(ModelConfig):
     """What fine-tuning starts from: a folder, or a preset with new weights."""
 
     tokenizer: str | None = None  # folder of one; None: the model folder's own
+    quantize: Quantize | None = None  # hold the linear maps of the blocks in 4 bits, under an adapter
 
 
 class TrackConfig(Config):
@@ -175,6 +177,7 @@ class Use(Config):
     model: str  # a model folder, or hub:ORG/NAME
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    quantize: Quantize | None = None  # hold the linear maps of the blocks in 4 bits
 
 
 class UseOnRecords(Use):

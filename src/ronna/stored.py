@@ -15,6 +15,7 @@ from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
 from ronna.model.families import read_config, read_config_json
 from ronna.model.folder import Loaded, is_language_model, load_folder, save_config, save_folder
+from ronna.model.fourbit import Quantize
 from ronna.model.tensorfiles import fingerprint
 from ronna.peft.changes import activate
 from ronna.peft.files import AdapterFolder, is_adapter, read_adapter
@@ -75,10 +76,14 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {f"{role}_token_id": i for role, i in roles.items() if i is not None}
 
 
-def open_folder(name: str | Path) -> Loaded:
-    """The model in a folder, with the heads that it has; an adapter's on its base. Raises RonnaError."""
+def open_folder(name: str | Path, quantize: Quantize | None = None) -> Loaded:
+    """The model in a folder, with the heads that it has; an adapter's on its base. Raises RonnaError.
+
+    quantize: hold the linear maps of its blocks in 4 bits.
+    """
     folder = local_folder(str(name))
-    loaded = open_adapted(folder, name) if is_adapter(folder) else load_folder(folder)
+    adapted = is_adapter(folder)
+    loaded = open_adapted(folder, name, quantize) if adapted else load_folder(folder, quantize=quantize)
     if "embedding_pooling" not in loaded.config and (pool := embedding_pool(folder)):
         loaded.config["embedding_pooling"] = pool
     return loaded
@@ -95,7 +100,7 @@ def embedding_pool(folder: Path) -> str | None:
     return next((pool for name, pool in known.items() if modes == {f"pooling_mode_{name}"}), None)
 
 
-def open_adapted(folder: Path, name: str | Path) -> Loaded:
+def open_adapted(folder: Path, name: str | Path, quantize: Quantize | None) -> Loaded:
     """A base with the adapter in `folder` on it."""
     adapter = read_adapter(folder)
     base = Path(adapter.base)
@@ -103,7 +108,7 @@ def open_adapted(folder: Path, name: str | Path) -> Loaded:
         base = local_folder(HUB + adapter.base)
     if not base.is_dir():
         raise RonnaError(f"its base {adapter.base} is not there", where=str(folder), fix=MOVED)
-    loaded = on_base(adapter, base)
+    loaded = on_base(adapter, base, quantize)
     attach_adapter(loaded.model, loaded.family, adapter)
     return loaded
 
@@ -130,10 +135,10 @@ APART = "open it by itself"
 MOVED = "put it back, or write where it is into adapter_config.json: base_model_name_or_path"
 
 
-def on_base(adapter: AdapterFolder, base: Path) -> Loaded:
+def on_base(adapter: AdapterFolder, base: Path, quantize: Quantize | None) -> Loaded:
     """The base with the heads of the adapted model, which the adapter's config.json describes."""
     if not (adapter.folder / "config.json").is_file():  # another program wrote the adapter
-        return load_folder(base)
+        return load_folder(base, quantize=quantize)
     _, cfg = read_config(adapter.folder)
     config = read_config_json(adapter.folder)
     if config.get("base_fingerprint", found := fingerprint(base)) != found:
@@ -141,5 +146,5 @@ def on_base(adapter: AdapterFolder, base: Path) -> Loaded:
             f"its base {base} has other weights than it was trained on", where=str(adapter.folder), fix=MOVED
         )
     head = cfg.classifier is None and is_language_model(config)
-    loaded = load_folder(base, head=head, classifier=cfg.classifier)
+    loaded = load_folder(base, head=head, classifier=cfg.classifier, quantize=quantize)
     return replace(loaded, config=config, notes=[])

@@ -1,6 +1,7 @@
 """Optimizers with small states: what they keep, how near AdamW they stay, what they are the same as."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -70,8 +71,8 @@ def test_small_tensors_keep_whole_states():
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.functional", None)
-    with pytest.raises(RonnaError, match=r"adamw8bit needs bitsandbytes(.|\n)*ronna\[quantize\]"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RonnaError, match=r"optim\.kind: bitsandbytes is not installed(.|\n)*ronna\[quantize\]"):
         build_optimizer(AdamW8bit(), [("w", weight((64, 64)))])
 
 

@@ -20,8 +20,11 @@ from ronna.model.families import (
     locate,
     read_config,
     read_config_json,
+    with_dropout,
 )
+from ronna.model.fourbit import Quantize, narrowed
 from ronna.model.init import initialise
+from ronna.model.layers import block_linears
 from ronna.model.tensorfiles import TensorFiles, dtype_name, write_tensors
 from ronna.model.transformer import Transformer
 
@@ -52,12 +55,16 @@ def load_folder(
     classifier: c.Classifier | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    dropout: float | None = None,
+    quantize: Quantize | None = None,
 ) -> Loaded:
     """The model in a Hugging Face folder, on the CPU, with parameters in `dtype`.
 
     head: with or without the vocabulary head; "auto" takes the heads that the folder has, its classifier
-    included. classifier: have this one (whatever `head` says). What is wanted and not in the folder is drawn
-    from `seed`, what is there and not wanted is left out; `notes` tell. Weights are read one at a time.
+    included. classifier: have this one (whatever `head` says). dropout: the rate, or None for the folder's own.
+    quantize: hold the linear maps of the blocks in 4 bits. What is wanted and not in the folder is drawn
+    from `seed`, what is there and not wanted is left out; `notes` tell. Weights are read one at a time, and never
+    held wide together where they are quantized.
     Raises RonnaError for families and settings we do not support, for missing, unknown or misshapen weights,
     and for folders with pickled weights only.
     """
@@ -70,12 +77,16 @@ def load_folder(
             head, classifier = stored.has_head(cfg, config), classifier or cfg.classifier
         cfg = replace(cfg, head=cfg.head if head else None, classifier=classifier)
         cfg = stored.settle_duplicates(cfg)
+        cfg = cfg if dropout is None else with_dropout(family, cfg, dropout)
         with torch.device("meta"):
             model = Transformer(cfg).to(dtype)
         places, fresh, notes = stored.match(model)
+        narrow = {path: narrowed(linear, quantize) for path, linear in block_linears(model)} if quantize else {}
         model.to_empty(device="cpu")
         model.tie()
         with torch.no_grad():
+            for path, linear in narrow.items():
+                linear.hold(stored.read(places[f"{path}.weight"], 2))
             for name, parameter in model.named_parameters():
                 if name in places:
                     parameter.copy_(stored.read(places[name], parameter.ndim))

@@ -5,7 +5,7 @@ Parameters may be fp32 masters while activations are bf16: each layer casts its 
 Legend: T tokens, C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -35,6 +35,13 @@ class Linear(nn.Linear):
     def changed(self, input: Tensor, output: Tensor) -> Tensor:
         """What an adapter makes of the output: `peft` gives the class of a module another meaning of this."""
         return output
+
+
+def block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """The linear maps inside a model's blocks, by path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and ".blocks." in path:
+            yield path, module
 
 
 def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from ronna.base.config import Config
 from ronna.model.init import generator
 from ronna.model.layers import Linear, dropout
 from ronna.model.transformer import Transformer
-from ronna.peft.changes import Change, ChangedLinear, attach, changed_linears, targeted
+from ronna.peft.changes import Change, attach_change, changed_linears, targeted
 
 
 class AdaLoraConfig(Config):
@@ -69,7 +69,7 @@ def add_adalora(model: Transformer, config: AdaLoraConfig, name: str, seed: int)
         with torch.no_grad():
             for leaf in "ab":
                 getattr(change, leaf).normal_(0.0, 0.02, generator=generator(seed, f"{path}.adalora.{leaf}"))
-        attach(linear, ChangedLinear, name, change)
+        attach_change(linear, name, change)
 
 
 def triplets_of(model: nn.Module, name: str) -> list[Triplets]:

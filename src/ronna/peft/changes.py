@@ -6,12 +6,14 @@ Legend: T tokens, I inputs and O outputs of a linear map, r rank.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ronna.base.errors import RonnaError
-from ronna.model.layers import Linear
+from ronna.model.fourbit import FourBitLinear
+from ronna.model.layers import Linear, block_linears
 from ronna.model.transformer import Transformer
 from ronna.peft.own import AdaptedTransformer, adapters, at_work
 
@@ -48,6 +50,10 @@ class ChangedLinear(Linear, Changed):
         return output
 
 
+class ChangedFourBitLinear(FourBitLinear, ChangedLinear):
+    """A linear map in 4 bits with adapters."""
+
+
 def change(linear: ChangedLinear, name: str) -> Change:
     found = linear.changes[name]
     assert isinstance(found, Change)
@@ -63,8 +69,13 @@ def attach(module: nn.Module, kind: type[Changed], name: str, new: nn.Module) ->
         module.__class__ = kind
         module.changes, module.active = nn.ModuleDict(), ()  # type: ignore[assignment]
     assert isinstance(module, Changed)
-    module.changes[name] = new.to(next(module.parameters()).device)
+    module.changes[name] = new.to(next(chain(module.parameters(), module.buffers())).device)
     module.active = (*module.active, name)
+
+
+def attach_change(linear: Linear, name: str, new: Change) -> None:
+    """`attach` of a change to a linear map, whatever its weight is held in."""
+    attach(linear, ChangedFourBitLinear if isinstance(linear, FourBitLinear) else ChangedLinear, name, new)
 
 
 def changed_modules(model: nn.Module) -> Iterator[tuple[str, Changed]]:
@@ -113,7 +124,7 @@ def merge(model: Transformer, name: str, *, tolerance: float = 0.01) -> float:
 
     Returns how far rounding to the weights' own precision moved the change, as a share of it (Frobenius norms over
     the whole model). Raises RonnaError, the weights as they were, where that is over the tolerance, as it is where
-    small changes meet large bf16 weights.
+    small changes meet large bf16 weights, and for weights in 4 bits.
     """
     if name not in adapters(model):
         raise RonnaError(f"no adapter {name!r}", fix=f"there are {', '.join(adapters(model)) or 'none'}")
@@ -122,6 +133,8 @@ def merge(model: Transformer, name: str, *, tolerance: float = 0.01) -> float:
         raise not_linear()
     if any(linear.kept is not None or linear.active != (name,) for _, linear in found):
         raise RonnaError("only an adapter that works alone can be merged", fix=f"activate {name!r} alone, unmerged")
+    if any(isinstance(linear, FourBitLinear) for _, linear in found):
+        raise RonnaError("weights in 4 bits cannot take the change up", fix="open the base without quantize")
     lost = size = 0.0
     new: list[Tensor] = []
     for _, linear in found:
@@ -165,9 +178,7 @@ def targeted(model: Transformer, targets: Sequence[str]) -> list[tuple[str, Line
 
     Raises RonnaError for a target that nothing answers to.
     """
-    linears = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, Linear) and ".blocks." in path
-    ]
+    linears = list(block_linears(model))
     if "all" in targets:
         return linears
     found = {target: [path for path, _ in linears if f".{path}".endswith(f".{target}")] for target in targets}

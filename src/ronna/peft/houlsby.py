@@ -12,7 +12,7 @@ from ronna.model.config import Activation
 from ronna.model.init import generator
 from ronna.model.layers import ACTIVATIONS, Linear
 from ronna.model.transformer import Transformer
-from ronna.peft.changes import Change, ChangedLinear, attach, targeted
+from ronna.peft.changes import Change, attach_change, targeted
 
 # The last map of attention and of the feed-forward: what they write into the residual stream.
 PLACES = ("attention.out", "ffn.down")
@@ -49,4 +49,4 @@ def add_houlsby(model: Transformer, config: HoulsbyConfig, name: str, seed: int)
                 weight = getattr(change, leaf)
                 rng = generator(seed, f"{path}.houlsby.{leaf}")
                 nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02, generator=rng)
-        attach(linear, ChangedLinear, name, change)
+        attach_change(linear, name, change)

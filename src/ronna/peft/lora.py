@@ -12,7 +12,7 @@ from ronna.base.config import Config
 from ronna.model.init import generator
 from ronna.model.layers import Linear, dropout
 from ronna.model.transformer import Transformer
-from ronna.peft.changes import Change, ChangedLinear, attach, targeted
+from ronna.peft.changes import Change, attach_change, targeted
 
 
 class LoraConfig(Config):
@@ -76,4 +76,4 @@ def add_lora(model: Transformer, config: LoraConfig, name: str, seed: int) -> No
         change = LowRank(linear, config.rank, config.scale, config.dropout, config.dora)
         with torch.no_grad():
             nn.init.kaiming_uniform_(change.a, a=math.sqrt(5), generator=generator(seed, f"{path}.lora.a"))
-        attach(linear, ChangedLinear, name, change)
+        attach_change(linear, name, change)

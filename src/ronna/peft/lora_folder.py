@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model.families import Family, Weight, locate
-from ronna.model.layers import Linear
+from ronna.model.layers import Linear, block_linears
 from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
-from ronna.peft.changes import ChangedLinear, attach
+from ronna.peft.changes import attach_change
 from ronna.peft.files import FITS, AdapterFolder, copy_beside, kept_whole, stored_name
 from ronna.peft.lora import LoraConfig, LowRank
 from ronna.peft.methods import NAME
@@ -38,11 +38,10 @@ def places(model: Transformer, family: Family) -> dict[str, list[Place]]:
     """Our linear maps of the blocks by the module of transformers that holds them, in its order."""
     names = family.names(model.cfg)
     found: dict[str, list[Place]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Linear) and ".blocks." in path:
-            weight = locate(names, f"{path}.weight")
-            stored = stored_name(model, family, weight.name)
-            found.setdefault(stored.removesuffix(".weight"), []).append(Place(path, module, weight))
+    for path, linear in block_linears(model):
+        weight = locate(names, f"{path}.weight")
+        stored = stored_name(model, family, weight.name)
+        found.setdefault(stored.removesuffix(".weight"), []).append(Place(path, linear, weight))
     return {module: sorted(some, key=lambda p: p.weight.part) for module, some in found.items()}
 
 
@@ -138,7 +137,7 @@ def attach_lora(model: Transformer, family: Family, adapter: AdapterFolder, name
             change.a.data, change.b.data = a[mine].clone(), b[part][:, mine].clone()
             if "magnitude_vector" in keys:
                 change.magnitude = torch.nn.Parameter(adapter.tensors[keys["magnitude_vector"]][part].clone())
-            attach(place.linear, ChangedLinear, name, change)
+            attach_change(place.linear, name, change)
         used |= set(keys.values())
     return used | copy_beside(model, family, adapter, name, PREFIX, missing)
 

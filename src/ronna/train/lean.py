@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ronna.base.config import Config
 from ronna.base.device import seed_for
-from ronna.base.errors import RonnaError
+from ronna.model.fourbit import import_bitsandbytes
 
 Betas = tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
 BLOCK = 256  # numbers that share a scale
@@ -92,12 +92,7 @@ class EightBitAdamW(Optimizer):
 
 
 def kernels() -> Any:
-    try:
-        import bitsandbytes.functional as functional
-    except ImportError as error:
-        fix = "pip install 'ronna[quantize]', or take another optimizer"
-        raise RonnaError("adamw8bit needs bitsandbytes", where="optim.kind", fix=fix) from error
-    return functional
+    return import_bitsandbytes("optim.kind").functional
 
 
 @cache

@@ -21,6 +21,7 @@ from ronna.data.sources import read_json_stream, read_records, resolve
 from ronna.decoding.decode import Generation, generate, perplexity
 from ronna.decoding.sampling import GenerateConfig
 from ronna.model.folder import Loaded as OpenedFolder
+from ronna.model.fourbit import Quantize, held_in
 from ronna.model.transformer import Transformer
 from ronna.peft.changes import activate
 from ronna.peft.files import is_adapter
@@ -104,12 +105,26 @@ class Loaded:
         return generate(model, ids, config or GenerateConfig(), eos=eos, start=start, decode=tokenizer.decode)
 
 
-def load(folder: str, *, device: str = "auto", precision: str = "auto", length: int | None = None) -> Loaded:
-    """A model folder (ours or Hugging Face's) on a device. Raises RonnaError for anything that is not one."""
+def load(
+    folder: str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    length: int | None = None,
+    quantize: Quantize | None = None,
+) -> Loaded:
+    """A model folder (ours or Hugging Face's) on a device; `quantize` holds the linear maps of its blocks in 4 bits.
+
+    Raises RonnaError for anything that is not one.
+    """
     place = choose_device(device)
     dtype, _ = choose_precision(precision, place)
     adapter = NAME if is_adapter(local_folder(folder)) else None
-    return furnished(folder, open_folder(folder), place, dtype, length=length, adapter=adapter)
+    return furnished(folder, open_folder(folder, quantize), place, dtype, length=length, adapter=adapter)
+
+
+def opened(run: EvaluateRun | PredictRun) -> Loaded:
+    return load(run.model, device=run.device, precision=run.precision, length=run.length, quantize=run.quantize)
 
 
 def furnished(
@@ -148,7 +163,7 @@ def writing_task(model: Transformer, config: Mapping[str, Any], tokenizer: Token
 
 def evaluate(run: EvaluateRun) -> dict[str, Any]:
     """Scores with intervals on a file: the task's metrics, or a language model's perplexity and bits per byte."""
-    loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
+    loaded = opened(run)
     bad = BadRows(limit=run.max_bad_rows)
     paths = resolve(list(run.data))
     if loaded.task is None or only_text(loaded.task, paths, run):
@@ -156,7 +171,9 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     else:
         scores, kind = measure_task(loaded, loaded.task, run, paths, bad)
     say(scores.text())
-    report = build_report(title=f"evaluate: {run.model}", config_hash=config_hash(run), test=scores, **kind)
+    memory = {"held": held_in(loaded.model)}
+    title = f"evaluate: {run.model}"
+    report = build_report(title=title, config_hash=config_hash(run), test=scores, memory=memory, **kind)
     if run.out:
         write_report(Path(run.out), report)
     return report.model_dump(mode="json")
@@ -204,7 +221,7 @@ def measure_text(loaded: Loaded, run: EvaluateRun, paths: list[Path], bad: BadRo
 
 def predict(run: PredictRun) -> dict[str, Any]:
     """Each record comes out with the prediction beside its own fields, in order, as soon as its batch is done."""
-    loaded = load(run.model, device=run.device, precision=run.precision, length=run.length)
+    loaded = opened(run)
     bad = BadRows(limit=run.max_bad_rows)
     task = loaded.with_task()
     triples = None if run.relations is None else triples_of(loaded, run.relations, run)
@@ -235,7 +252,7 @@ def triples_of(entities: Loaded, folder: str, run: PredictRun) -> Triples:
     if not isinstance(entities.task, Tag):
         fix = "give --model a folder that `ronna finetune --task tag` wrote"
         raise RonnaError("finds no entities, which relations are asked of", where=run.model, fix=fix)
-    relations = load(folder, device=run.device, precision=run.precision, length=run.length)
+    relations = opened(run.model_copy(update={"model": folder}))
     if not isinstance(relations.task, Relation):
         fix = "give --relations a folder that `ronna finetune --task relation` wrote"
         raise RonnaError("finds no relations", where=folder, fix=fix)
@@ -256,7 +273,7 @@ def writer(path: str) -> Iterator[TextIO]:
 
 def generate_run(run: GenerateRun) -> dict[str, Any]:
     """What the model writes after each prompt."""
-    loaded = load(run.model, device=run.device, precision=run.precision)
+    loaded = load(run.model, device=run.device, precision=run.precision, quantize=run.quantize)
     made = loaded.generate(run.prompt, run.decoding)
     lines = [{"prompt": p, "text": g.text, "finish": g.finish} for p, g in zip(run.prompt, made, strict=True)]
     return {"lines": lines}
