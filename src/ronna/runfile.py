@@ -1,10 +1,10 @@
 """What a run file may say: one frozen model per verb."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from ronna.base.config import Config, Tree
+from ronna.base.config import Config, Tree, one_or_more
 from ronna.base.track import WandbConfig
 from ronna.decoding.sampling import GenerateConfig
 from ronna.model.fourbit import Quantize
@@ -20,13 +20,7 @@ from ronna.train.loop import TrainConfig
 from ronna.train.optim import AdamW, OptimizerConfig
 from ronna.train.schedule import Linear, Schedule
 
-
-def listed(value: Any) -> Any:
-    """One name is a list of one."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Columns = Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)]
+Columns = Annotated[tuple[str, ...], BeforeValidator(one_or_more), Field(min_length=1)]
 
 
 class ModelConfig(Config):

@@ -32,6 +32,11 @@ _TOML_NAMES = {
 }
 
 
+def one_or_more(value: Any) -> Any:
+    """For a BeforeValidator of names: one of them is a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 class Config(BaseModel):
     """One table of a run file: frozen; unknown keys, nan and inf are refused.
 

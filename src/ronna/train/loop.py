@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
-from ronna.base.config import Config
+from ronna.base.config import Config, one_or_more
 from ronna.base.device import resident_bytes, seed_for
 from ronna.base.errors import RonnaError
 from ronna.model.recompute import Recompute
@@ -24,6 +24,8 @@ from ronna.objectives.base import Batch, Loss, Objective, Totals, WholeBatch, of
 from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import Schedule, lr_scale, set_lr
 from ronna.train.update import Backward, Update, WholeUpdate
+
+Offload = Annotated[tuple[Literal["optimizer", "activations"], ...], BeforeValidator(one_or_more)]
 
 
 class TrainConfig(Config):
@@ -41,7 +43,7 @@ class TrainConfig(Config):
     recompute: Recompute = Recompute()
     weights: Literal["fp32", "bf16"] = "fp32"  # what matrices are held in; bf16 is rounded by chance (`portions`)
     fused_backward: bool = False  # step each parameter inside the backward pass, and free its gradient at once
-    offload: tuple[Literal["optimizer", "activations"], ...] = ()  # to the host's memory, or of a CPU run to disk
+    offload: Offload = ()  # to the host's memory, or of a CPU run to disk
     clip: float = Field(1.0, ge=0)  # the most that the norm of the gradient may be; 0: anything
     log_every: int | None = Field(None, ge=1)  # None: fifty times in the run
     evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run
