@@ -272,6 +272,20 @@ MUTANTS = [
         "tile.copy_(p)",
         "tests/model/test_loss.py::test_smoothed_loss_is_that_of_torch[one tile]",
     ),
+    Mutant(
+        "probabilities not kept",
+        "plan/blocks.py",
+        "t.op(scores, keep_out=True)",
+        "t.op(scores)",
+        "tests/plan/test_memory.py::test_kept_for_the_backward_pass",
+    ),
+    Mutant(
+        "gradient not freed in the plan",
+        "plan/tape.py",
+        "live -= 0 if users[buffer] else sizes[buffer]",
+        "live -= 0",
+        "tests/plan/test_memory.py::test_peak_is_that_of_torch",
+    ),
 ]
 
 
