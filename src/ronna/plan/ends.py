@@ -3,14 +3,17 @@
 Legend: T tokens, C channels, M positions read, V vocabulary, B sequences.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ronna.model import config as c
+from ronna.plan.heap import Heap
 from ronna.plan.layers import activation, dropout, linear, norm
 from ronna.plan.shapes import Lengths, Numbers
 from ronna.plan.tape import Profile, Tape, Value
 
 CHUNK_ELEMENTS, TILE_ELEMENTS = 2**26, 2**21  # as in ronna.model.loss
+CHUNKS = 8  # after so many they find the holes of those before
 
 
 def embedding(
@@ -97,23 +100,48 @@ def classifier(t: Tape, x: Value, cfg: c.Classifier, dim: int, tokens: int, sequ
     return t.op(x, keep_out=True, extra=4)
 
 
-def vocabulary_loss(vocab: int, dim: int, words: int, bias: bool, n: Numbers) -> Profile:
-    """Of M states, the gradients of which it makes at once: see `ronna.model.loss`. `leaf` is that of the head's
-    weights, which the forward pass leaves."""
-    e, w, learns = n.compute, n.weight, n.learns
+def vocabulary_loss(vocab: int, dim: int, words: int, bias: bool, n: Numbers) -> tuple[Profile, int]:
+    """Of M states, the gradients of which it makes at once (see `ronna.model.loss`), and the holes in the heap. `leaf`
+    is the gradient of the head's weights, which the forward pass leaves."""
+    states = words * dim * n.compute
+    gradient = vocab * dim * n.weight if n.learns else 0
+    heap, at, live, most = Heap(), dict[str, tuple[int, int]](), 0, 0
+    for name, size in chunks(vocab, dim, words, n):
+        if size:
+            at[name] = heap.take(size)
+            live += size
+            most = max(most, live)
+        else:
+            start, size = at.pop(name)
+            heap.free(start, size)
+            live -= size
+    kept = states + (vocab * n.weight if bias and n.learns else 0)
+    profile = Profile(states + most, kept, 0, kept + gradient, gradient, states, 0, False)
+    return profile, 0 if n.cuda else max(0, heap.high - most)
+
+
+def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Iterator[tuple[str, int]]:
+    """What the loss makes, by name, and its bytes; 0 where it goes."""
+    e, table = n.compute, vocab * dim
     rows = min(words, max(64, CHUNK_ELEMENTS // vocab))
-    states, table, logits = words * dim * e, vocab * dim, rows * vocab * e
-    cast = table * e if e != w else 0
-    at_once = rows if n.cuda else min(rows, max(1, TILE_ELEMENTS // vocab))
-    # The probabilities of a tile, before them its logits in fp32, and the last tile's, which still have a name.
-    tiles = at_once * vocab * 4 * (1 + (e != 4) + (at_once < rows))
-    product, gradient, wide = (table * e, table * w, table * w if e != w else 0) if learns else (0, 0, 0)
-    base = 2 * states + cast
-    peaks = [logits + tiles, logits + product + wide]
-    if words > rows:  # the second chunk finds what the first one's names still hold
-        held = gradient + (product if wide else 0)
-        peaks += [held + 2 * logits, held + logits + tiles, held + logits + product, logits + gradient + product + wide]
-    if words > 2 * rows and not wide and learns:
-        peaks += [gradient + product + 2 * logits, gradient + 2 * product + logits]
-    kept = states + (vocab * w if bias and learns else 0)
-    return Profile(base + max(peaks), kept, 0, kept + gradient, gradient, states, 0, False)
+    if e != n.weight:
+        yield "cast", table * e
+    yield "states", words * dim * e
+    for i in range(min(CHUNKS, -(-words // rows))):
+        part = min(rows, words - i * rows)
+        yield f"logits {i}", part * vocab * e
+        if i:
+            yield f"logits {i - 1}", 0
+        at_once = part if n.cuda else min(part, max(1, TILE_ELEMENTS // vocab))
+        # The probabilities of a tile, before them its logits in fp32, and the last tile's, which still have a name.
+        yield "tiles", at_once * vocab * 4 * (1 + (e != 4) + (at_once < part))
+        yield "tiles", 0
+        if not n.learns:
+            continue
+        yield f"product {i}", table * e
+        if i > (e == n.weight):  # the first product is the gradient, if it has its precision
+            yield f"product {i - 1}", 0
+        if e != n.weight:  # the first one is cast and stays; the others are cast to be added
+            yield "gradient" if i == 0 else "wide", table * n.weight
+            if i:
+                yield "wide", 0

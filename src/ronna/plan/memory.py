@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from ronna.model import config as c
 from ronna.plan.heap import SPARE
 from ronna.plan.inputs import inputs
-from ronna.plan.stretches import Step, Stretch, Table, forward_pass, loss_profile
-from ronna.plan.tape import Profile
+from ronna.plan.stretches import Step, Stretch, Table, forward_pass, vocabulary_loss
 from ronna.plan.weights import adapted, scratch, states, weights
 
 __all__ = ["Memory", "Step", "estimate"]
@@ -54,7 +53,7 @@ def estimate(model: c.Model, step: Step) -> Memory:
     )
     if step.adapter is not None and width > n.weight:  # what is frozen is built like all the rest, then narrowed
         walk.begin(model_bytes(model, step) + model.params() * (width - n.weight))
-    stretches, loss = list(forward_pass(model, step, table)), loss_profile(model, step)
+    stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
     beside = scratch(step.optimizer, learning, width)
     sparse = sum(s.rows for s in stretches)
@@ -80,7 +79,7 @@ def estimate(model: c.Model, step: Step) -> Memory:
         activations=tuple(blocks),
         ends=most["ends"],
         casts=most["casts"],
-        loss=0 if loss is None else loss.kept,
+        loss=0 if loss is None else loss.profile.kept,
         inputs=most["inputs"],
         workspace=most["workspace"],
         peak=walk.peak,
@@ -113,14 +112,16 @@ class Walk:
         self.now["holes"] += sign * s.holes
 
 
-def forward(walk: Walk, stretches: list[Stretch], loss: Profile | None) -> None:
+def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
     for s in stretches:
         walk.moment(f"forward of {s.name}", s.profile.forward)
         walk.add(s, 1)
     if loss is not None:
-        walk.moment("loss", loss.forward)
-        walk.now["loss"] += loss.kept
-        walk.now["gradients"] += loss.leaf
+        walk.now["holes"] += loss.holes
+        walk.moment(loss.name, loss.profile.forward)
+        walk.now["holes"] -= loss.holes
+        walk.now["loss"] += loss.profile.kept
+        walk.now["gradients"] += loss.profile.leaf
 
 
 def backward(walk: Walk, stretches: list[Stretch], step: Step, beside: int, model: c.Model) -> None:

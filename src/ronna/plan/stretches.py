@@ -102,11 +102,13 @@ def read_positions(model: c.Model, step: Step) -> int | None:
     return found if 0 < found < lengths.total else None
 
 
-def loss_profile(model: c.Model, step: Step) -> Profile | None:
+def vocabulary_loss(model: c.Model, step: Step) -> Stretch | None:
     if model.head is None:
         return None
     words = step.lengths.total if step.predicted is None else step.predicted
-    return ends.vocabulary_loss(model.embedding.vocab, model.dim, words, model.head.bias, step.numbers)
+    sizes = model.embedding.vocab, model.dim, words, model.head.bias
+    profile, holes = ends.vocabulary_loss(*sizes, step.numbers)
+    return Stretch("loss", profile, holes=holes)
 
 
 def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
