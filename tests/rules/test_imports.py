@@ -21,9 +21,12 @@ LEVELS = [
 ]
 # run, cli and whatever else lies beside them: they may use each other and everything but the apps.
 TOP, APPS = len(LEVELS), len(LEVELS) + 1
-CLOSED_FORMS = {f"ronna.plan.{name}" for name in ("hardware", "memory", "time", "search")}
+CLOSED_FORMS = {
+    f"ronna.plan.{name}"
+    for name in "hardware memory time search stretches blocks layers ends inputs weights shapes tape heap".split()
+}
 NO_TORCH = ("ronna.base", "ronna.text", "ronna.model.config", "ronna.data.sources", "ronna.data.shards",
-            "ronna.data.packing")  # fmt: skip
+            "ronna.data.packing", *CLOSED_FORMS)  # fmt: skip
 
 
 def room_of(name):

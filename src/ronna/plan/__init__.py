@@ -1,0 +1,1 @@
+"""What a run will need, by arithmetic alone: no torch, no weights, no data."""

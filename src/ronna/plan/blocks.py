@@ -1,0 +1,219 @@
+"""What attention, blocks, embedding and heads do with memory: `ronna.model.transformer`, without numbers.
+
+Legend: T tokens, R rows and L columns of an attention view, H heads, K key/value heads, D head size, C channels, M
+positions read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ronna.model import config as c
+from ronna.plan.layers import dropout, feed_forward, linear, merged, norm
+from ronna.plan.shapes import Lengths, Numbers, View
+from ronna.plan.tape import Tape, Value
+
+WRITTEN_OUT = 512  # columns up to which a CPU computes attention as its formula says
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a stack's blocks have in common."""
+
+    dim: int
+    lengths: Lengths
+    source: Lengths | None
+    causal: bool
+    bias: c.RelativeBias | None
+    numbers: Numbers
+
+    @property
+    def rows(self) -> int:
+        return self.numbers.rows(self.lengths.total)
+
+
+def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) -> Value:
+    """Of x (rows, C), or of its `reads` positions that somebody reads."""
+    n, dim, tokens, rows = scene.numbers, scene.dim, scene.lengths.total, scene.rows
+    inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
+    if reads is None:
+        paths = [("attention.q", inner), ("attention.k", kv), ("attention.v", kv)]
+        q, k, v = (cut(t, y, rows, tokens) for y in merged(t, x, rows, dim, paths, cfg.bias, n))
+        q = norm(t, q, cfg.qk_norm, tokens * cfg.heads, cfg.head_dim, n)
+    else:
+        few = n.rows(reads)
+        q = linear(t, pick(t, x, rows, reads, n), few, (dim, inner), cfg.bias, n, "attention.q")
+        q = norm(t, q, cfg.qk_norm, few * cfg.heads, cfg.head_dim, n)
+        paths = [("attention.k", kv), ("attention.v", kv)]
+        k, v = (cut(t, y, rows, tokens) for y in merged(t, x, rows, dim, paths, cfg.bias, n))
+        q = spread(t, cut(t, q, few, reads), tokens * inner * n.compute)
+    k = norm(t, k, cfg.qk_norm, tokens * cfg.kv, cfg.head_dim, n)
+    if cfg.rotary:
+        q, k = rotate(t, q, tokens, cfg.head_dim, n), rotate(t, k, tokens, cfg.head_dim, n)
+    names = [x, q, k, v]
+    view = scene.lengths.packed(n.cuda)
+    if n.cuda and n.compute == 2 and scene.bias is None and not cfg.dropout:
+        y = t.op(q, k, v, size=q.size, keeps=[q, k, v], keep_out=True, extra=tokens * cfg.heads * 4)
+    else:
+        mask = mask_bytes(view, scene.causal, cfg.window)
+        y = rectangles(t, (q, k, v), cfg, (view, view), mask, scene, scene.bias is not None)
+    y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, rows)
+    y = linear(t, y, rows if reads is None else n.rows(reads), (inner, dim), cfg.out_bias, n, "attention.out")
+    t.hold(*names)
+    return y
+
+
+def cross(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) -> Value:
+    """Of x (rows, C), which are `reads` positions already if somebody reads no more."""
+    n, dim, tokens, source = scene.numbers, scene.dim, scene.lengths.total, scene.source
+    assert source is not None
+    inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
+    rows = scene.rows if reads is None else n.rows(reads)
+    q = linear(t, x, rows, (dim, inner), cfg.bias, n, "cross.q")
+    q = norm(t, q, cfg.qk_norm, rows * cfg.heads, cfg.head_dim, n)
+    q = cut(t, q, rows, tokens) if reads is None else spread(t, cut(t, q, rows, reads), tokens * inner * n.compute)
+    outer = n.rows(source.total)
+    memory = t.memory(source.total * dim * n.compute)
+    memory = widen(t, memory, source.total, outer)
+    paths = [("cross.k", kv), ("cross.v", kv)]
+    k, v = (cut(t, y, outer, source.total) for y in merged(t, memory, outer, dim, paths, cfg.bias, n))
+    k = norm(t, k, cfg.qk_norm, source.total * cfg.kv, cfg.head_dim, n)
+    names = [x, q, k, v]
+    columns = source.padded()
+    mask = 0 if columns.full else columns.cells
+    y = rectangles(t, (q, k, v), cfg, (scene.lengths.padded(), columns), mask, scene, False)
+    y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, rows)
+    y = linear(t, y, rows, (inner, dim), cfg.out_bias, n, "cross.out")
+    t.hold(*names)
+    return y
+
+
+def mask_bytes(view: View, causal: bool, window: int | None) -> int:
+    """Of who sees whom in a view, a byte a pair; 0 where no mask is needed beside a causal one."""
+    bounded = window is not None and window < view.columns - 1
+    if view.single and not bounded and (causal or view.full):
+        return 0
+    return view.rows * view.columns**2
+
+
+def rectangles(
+    t: Tape,
+    qkv: tuple[Value, Value, Value],
+    cfg: c.Attention,
+    views: tuple[View, View],
+    mask: int,
+    scene: Scene,
+    bias: bool,
+) -> Value:
+    """Attention over views of queries and of keys: spread, scores, gathered again, (T, H D)."""
+    n, (rows, columns) = scene.numbers, views
+    e, wide = n.compute, cfg.heads * cfg.head_dim * n.compute
+    narrow = cfg.kv * cfg.head_dim * e
+    q = qkv[0] if rows.full else spread(t, qkv[0], rows.cells * wide)
+    k, v = (y if columns.full else spread(t, y, columns.cells * narrow) for y in qkv[1:])
+    tokens = rows.tokens
+    plain = not n.cuda and (cfg.dropout or (q.needs and columns.columns <= WRITTEN_OUT))
+    if not plain:
+        bits = e * mask
+        logs = rows.cells * cfg.heads * 4
+        y = t.op(q, k, v, size=rows.cells * wide, keeps=[q, k, v], keep_out=True, extra=logs + bits)
+        return y if rows.full else t.op(y, size=tokens * wide)
+    causal = scene.causal and rows is columns
+    y = written_out(t, (q, k, v), cfg, views, mask or rows.columns**2 * causal, bias, n)
+    y = t.op(y)  # heads and tokens change places
+    return y if rows.full else t.op(y, size=tokens * wide)
+
+
+def written_out(
+    t: Tape,
+    qkv: tuple[Value, Value, Value],
+    cfg: c.Attention,
+    views: tuple[View, View],
+    mask: int,
+    bias: bool,
+    n: Numbers,
+) -> Value:
+    q, k, v = qkv
+    rows, columns = views
+    pairs = rows.cells * cfg.heads * columns.columns * n.compute
+    if repeated := cfg.kv != cfg.heads:
+        k, v = (t.op(y, size=y.size * cfg.heads // cfg.kv) for y in (k, v))
+    copies = rows.rows > 1  # heads and tokens lie the other way round
+    scaled = t.op(q)
+    scaled = t.op(scaled) if copies else scaled
+    turned = t.op(k) if copies and not repeated else k
+    keeps = ([scaled] if k.needs else []) + ([turned] if q.needs else [])
+    scores = t.op(scaled, turned, size=pairs, keeps=keeps)
+    if bias:
+        added = pairs // (rows.rows if rows.single else 1)
+        scores = t.op(scores, through=True, extra=mask, work=added if mask else 0, back=2 * added)
+    elif mask:
+        scores = t.op(scores, extra=mask)
+    p = dropout(t, t.op(scores, keep_out=True), cfg.dropout, n)
+    v = t.op(v) if copies and not repeated else v
+    y = t.op(p, v, size=rows.cells * cfg.heads * cfg.head_dim * n.compute, keeps=([p] if v.needs else []) + [v])
+    t.hold(scores, k, v)
+    return y
+
+
+def rotate(t: Tape, x: Value, tokens: int, head: int, n: Numbers) -> Value:
+    """Angles are kept in the precision of x."""
+    return t.op(x, extra=tokens * head * n.compute if n.compute != 4 else 0, work=2 * x.size, back=x.size)
+
+
+def spread(t: Tape, x: Value, size: int) -> Value:
+    return t.op(x, size=size, keeps=[x], work=size)
+
+
+def cut(t: Tape, x: Value, rows: int, tokens: int) -> Value:
+    """The first `tokens` of `rows`."""
+    return x if rows == tokens else t.op(x, size=x.size // rows * tokens, view=True, grads=[x.size])
+
+
+def widen(t: Tape, x: Value, tokens: int, rows: int) -> Value:
+    return x if rows == tokens else t.op(x, size=x.size // tokens * rows)
+
+
+def pick(t: Tape, x: Value, rows: int, reads: int, n: Numbers) -> Value:
+    picked = t.op(x, size=x.size // rows * reads)
+    return widen(t, picked, reads, n.rows(reads))
+
+
+def attention_half(cfg: c.Block, scene: Scene, reads: int | None, needs: bool) -> tuple[Tape, Value]:
+    """A block up to its feed-forward: x (rows, C), with a gradient if it `needs` one, and what it becomes."""
+    t = Tape(scene.rows * scene.dim * scene.numbers.compute, needs)
+    first = None if cfg.skip_first_norm else cfg.norm
+    x = residual(t, t.start, cfg, first, scene, reads, lambda h: attention(t, h, cfg.attention, scene, reads))
+    if (other := cfg.cross) is not None:
+        x = residual(t, x, cfg, cfg.norm, scene, None, lambda h: cross(t, h, other, scene, reads))
+    return t, x
+
+
+def feed_half(cfg: c.Block, scene: Scene, reads: int | None, needs: bool) -> tuple[Tape, Value]:
+    n = scene.numbers
+    rows = scene.rows if reads is None else n.rows(reads)
+    t = Tape(rows * scene.dim * n.compute, needs)
+    return t, residual(
+        t, t.start, cfg, cfg.norm, scene, None, lambda h: feed_forward(t, h, cfg.ffn, rows, scene.dim, n)
+    )
+
+
+def residual(
+    t: Tape,
+    x: Value,
+    cfg: c.Block,
+    by: c.Norm | None,
+    scene: Scene,
+    reads: int | None,
+    layer: Callable[[Value], Value],
+) -> Value:
+    """x and what a layer makes of it, at the positions that it picks if some are read."""
+    n, dim = scene.numbers, scene.dim
+    rows = x.size // (dim * n.compute)
+    pre = cfg.norm_at == "pre"
+    y = dropout(t, layer(norm(t, x, by, rows, dim, n) if pre else x), cfg.dropout, n)
+    total = t.op(y, x if reads is None else pick(t, x, rows, reads, n), through=True)
+    if pre:
+        return total
+    out = norm(t, total, by, total.size // (dim * n.compute), dim, n)
+    t.hold(y, total)
+    return out

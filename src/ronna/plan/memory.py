@@ -1,0 +1,147 @@
+"""How much memory a training step needs, by arithmetic: components, the peak, and when in the step it is reached.
+
+The moments of a step are walked one after the other: forward block by block, the loss, backward block by block, the
+optimizer. The peak is the fullest moment, not the sum of what each component needs at its own. On a CPU it is what the
+process grows by, as `ronna.base.heap` has it; on a GPU what torch allocates, which no run has been compared with yet.
+"""
+
+from dataclasses import dataclass
+
+from ronna.model import config as c
+from ronna.plan.heap import SPARE
+from ronna.plan.inputs import inputs
+from ronna.plan.stretches import Step, Stretch, Table, forward_pass, vocabulary_loss
+from ronna.plan.weights import adapted, scratch, states, weights
+
+__all__ = ["Memory", "Step", "estimate"]
+
+CUDA_WORKSPACE = 32 * 2**20  # of matrix products on recent cards
+PASSING = ("gradients", "activations", "ends", "casts", "loss", "holes")  # what is not there between two steps
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. activations (of each block, the encoder's first), ends (those outside of the blocks), casts (of weights,
+    for the backward pass) and the rest are what there is of each at its most; `held` is what there is at the fullest
+    moment, `where`, and adds up to the peak."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: tuple[int, ...]
+    ends: int
+    casts: int
+    loss: int
+    inputs: int
+    workspace: int
+    peak: int
+    where: str
+    held: dict[str, int]
+
+
+def estimate(model: c.Model, step: Step) -> Memory:
+    """Of a training step after the first, when the optimizer's states are there."""
+    n, table = step.numbers, Table.of(model, step)
+    learning = list(weights(model, table.rows)) if step.adapter is None else list(adapted(model, step.adapter))
+    width = n.weight if step.adapter is None else 4
+    walk = Walk(
+        weights=model_bytes(model, step) + table.copy,
+        optimizer=states(step.optimizer, learning, width) + table.buffer,
+        inputs=inputs(model, step.lengths, step.source, step.predicted, n),
+        workspace=CUDA_WORKSPACE if n.cuda else 0,
+        spare=0.0 if n.cuda else SPARE,
+    )
+    if step.adapter is not None and width > n.weight:  # what is frozen is built like all the rest, then narrowed
+        walk.begin(model_bytes(model, step) + model.params() * (width - n.weight))
+    stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
+    dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
+    beside = scratch(step.optimizer, learning, width)
+    sparse = sum(s.rows for s in stretches)
+    if step.micro_batches > 1 and not step.fused_backward:
+        walk.now["gradients"] = dense + (step.micro_batches - 1) * sparse
+    forward(walk, stretches, loss)
+    most = dict(walk.now)
+    backward(walk, stretches, step, beside if step.fused_backward else 0, model)
+    if not step.fused_backward:
+        once = min(sparse, table.rows * model.dim * width)
+        walk.now["gradients"] = dense + step.micro_batches * sparse
+        walk.moment("gradients by rows", once)
+        walk.now["gradients"] = dense + once
+        walk.moment("optimizer", beside)
+    blocks = [0] * sum(len(stack.blocks) for stack in (model.encoder, model.decoder) if stack)
+    for s in stretches:
+        if s.block is not None:
+            blocks[s.block] += s.profile.kept
+    return Memory(
+        weights=most["weights"],
+        optimizer=most["optimizer"],
+        gradients=dense + sparse,
+        activations=tuple(blocks),
+        ends=most["ends"],
+        casts=most["casts"],
+        loss=0 if loss is None else loss.profile.kept,
+        inputs=most["inputs"],
+        workspace=most["workspace"],
+        peak=walk.peak,
+        where=walk.where,
+        held=walk.held,
+    )
+
+
+class Walk:
+    """What is there now, by component, and what there was at the fullest moment."""
+
+    def __init__(self, spare: float, **fixed: int):
+        self.now = fixed | dict.fromkeys(PASSING, 0)
+        self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
+
+    def begin(self, size: int) -> None:
+        self.peak, self.where, self.held = size, "start", {"weights": size}
+
+    def moment(self, where: str, passing: int) -> None:
+        spare = int(self.spare * (sum(self.now[name] for name in PASSING if name != "holes") + passing))
+        total = sum(self.now.values()) + passing + spare
+        if total > self.peak:
+            self.peak, self.where = total, where
+            self.held = self.now | {"passing": passing, "holes": self.now["holes"] + spare}
+
+    def add(self, s: Stretch, sign: int) -> None:
+        self.now["ends" if s.block is None else "activations"] += sign * s.profile.kept
+        self.now["casts"] += sign * s.profile.casts
+        self.now["ends"] += sign * s.gives
+        self.now["holes"] += sign * s.holes
+
+
+def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
+    for s in stretches:
+        walk.moment(f"forward of {s.name}", s.profile.forward)
+        walk.add(s, 1)
+    if loss is not None:
+        walk.now["holes"] += loss.holes
+        walk.moment(loss.name, loss.profile.forward)
+        walk.now["holes"] -= loss.holes
+        walk.now["loss"] += loss.profile.kept
+        walk.now["gradients"] += loss.profile.leaf
+
+
+def backward(walk: Walk, stretches: list[Stretch], step: Step, beside: int, model: c.Model) -> None:
+    """`beside`: what the optimizer takes, where it steps in between."""
+    walk.now["loss"] = 0  # it is the gradient that goes into the last stretch
+    if not step.keeps_gradients and model.head is not None and not model.head.tied:
+        walk.now["gradients"] -= model.embedding.vocab * model.dim * step.numbers.weight * step.numbers.learns
+    memory = 0  # gradient of the encoder's states, to which every block of the decoder adds
+    for s in reversed(stretches):
+        walk.add(s, -1)
+        if s.gives:
+            memory = 0
+        memory = max(memory, s.memory)
+        walk.moment(f"backward of {s.name}", s.profile.backward + memory + beside)
+        walk.now["gradients"] += s.rows + (s.profile.leaf if step.keeps_gradients else 0)
+
+
+def model_bytes(model: c.Model, step: Step) -> int:
+    n = step.numbers
+    if step.adapter is None:
+        return model.params() * n.weight
+    own = sum(w.size for w in adapted(model, step.adapter)) * 4
+    return own + model.params() * n.weight  # beside the classifier that learns stands the base's

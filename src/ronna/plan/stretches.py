@@ -1,0 +1,181 @@
+"""A training step as the stretches that a model's forward pass consists of, each with its memory.
+
+Legend: T tokens, C channels, M predicted positions, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from ronna.model import config as c
+from ronna.plan import ends
+from ronna.plan.blocks import Scene, attention_half, feed_half
+from ronna.plan.heap import LOST, lost
+from ronna.plan.shapes import BYTES, Adapter, Dtype, Lengths, Numbers
+from ronna.plan.tape import Profile
+from ronna.plan.weights import Optimizer
+
+WORTHWHILE = 0.7  # as in ronna.train.rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the memory of a training step depends on beside the model.
+
+    lengths: of a micro-batch, the decoder's where there are two stacks; source: what the encoder then reads.
+    predicted: positions given to the vocabulary head (None: all). token_rows: tokens of the vocabulary that the data
+    holds (None: not counted), which matters where a table of them is trained by rows. blocks and feeds: how many
+    blocks, the encoder's first, are computed again for the backward pass, and of how many after them the feed-forward
+    half. fused_backward: the optimizer steps within the backward pass, one weight at a time.
+    """
+
+    lengths: Lengths
+    source: Lengths | None = None
+    predicted: int | None = None
+    compute: Dtype = "fp32"
+    weights: Dtype = "fp32"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    adapter: Adapter | None = None  # None: everything learns
+    token_rows: int | None = None
+    micro_batches: int = 1
+    blocks: int = 0
+    feeds: int = 0
+    fused_backward: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def numbers(self) -> Numbers:
+        """An adapter's base is held in the precision of the computation."""
+        width = self.compute if self.adapter else self.weights
+        return Numbers(BYTES[self.compute], BYTES[width], self.device == "cuda", self.adapter)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether each weight's gradient is new in the backward pass and stays."""
+        return self.micro_batches == 1 and not self.fused_backward
+
+
+class Stretch(NamedTuple):
+    """Of a step. block: its number among all, None outside of the blocks. memory: bytes of the encoder's states that it
+    reads. gives: those that it leaves for others. rows: of the token table, gradients by rows. holes: those that it
+    leaves in the heap."""
+
+    name: str
+    profile: Profile
+    block: int | None = None
+    memory: int = 0
+    gives: int = 0
+    rows: int = 0
+    holes: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the token table is trained: see `ronna.train.rows`. rows: those that the optimizer has; copy and buffer:
+    bytes of what is held for it; sparse: whether its gradient has rows for the tokens of a batch alone."""
+
+    rows: int
+    sparse: bool = False
+    copy: int = 0
+    buffer: int = 0
+
+    @classmethod
+    def of(cls, model: c.Model, step: Step) -> "Table":
+        vocab, tied = model.embedding.vocab, model.head is not None and model.head.tied
+        if step.device != "cpu" or tied or step.adapter is not None:
+            return cls(vocab)
+        row = model.dim * step.numbers.weight
+        if step.token_rows is not None and step.token_rows < WORTHWHILE * vocab:
+            return cls(step.token_rows, True, step.token_rows * row + 8 * vocab, step.token_rows * row)
+        return cls(vocab, True, 0, vocab * row)
+
+
+def read_positions(model: c.Model, step: Step) -> int | None:
+    """Of the last block's outputs, those that somebody reads; None: all."""
+    lengths, words, scored = step.lengths, 0, 0
+    if model.head is not None:
+        words = lengths.total if step.predicted is None else step.predicted
+    if (cfg := model.classifier) is not None:
+        everything = cfg.of in ("tokens", "spans") or (cfg.of == "sequence" and cfg.pool == "mean")
+        scored = lengths.total if everything else lengths.sequences * cfg.states
+    found = words + scored
+    return found if 0 < found < lengths.total else None
+
+
+def vocabulary_loss(model: c.Model, step: Step) -> Stretch | None:
+    if model.head is None:
+        return None
+    words = step.lengths.total if step.predicted is None else step.predicted
+    sizes = model.embedding.vocab, model.dim, words, model.head.bias
+    profile, holes = ends.vocabulary_loss(*sizes, step.numbers)
+    return Stretch("loss", profile, holes=holes)
+
+
+def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
+    """In order, without the vocabulary loss."""
+    n, keep, memory, number = step.numbers, step.keeps_gradients, 0, 0
+    dense = 0 if table.sparse or not n.learns else model.embedding.vocab * model.dim * n.weight
+    there = model.head is not None and model.head.tied  # the head's gradient of the table
+    for name, stack, lengths in (
+        ("encoder", model.encoder, step.source or step.lengths),
+        ("decoder", model.decoder, step.lengths),
+    ):
+        if stack is None:
+            continue
+        last = stack is model.last
+        reads = read_positions(model, step) if last else None
+        t, x = ends.embedding(model, stack, lengths, n, dense, there)
+        by_rows = lengths.total * model.dim * n.weight if table.sparse else 0
+        yield Stretch(f"{name}'s embedding", t.profile(x, keep_leaves=keep), rows=by_rows)
+        there = True
+        scene = Scene(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
+        for i, (first, second, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
+            where = f"{name} block {i}"
+            if number < step.blocks:
+                yield Stretch(where, again(together(first, second, keep)), number, memory)
+            else:
+                second = again(second) if number < step.blocks + step.feeds else second
+                yield Stretch(where, first, number, memory, holes=holes)
+                yield Stretch(where, second, number)
+            number += 1
+        rows = scene.rows if reads is None else n.rows(reads)
+        read = lengths.total if reads is None else reads
+        t, x = ends.ending(stack, model.dim, rows, read, True, n)
+        if last:
+            outs = ends.heads(t, x, model, read, step.lengths.sequences, reads is None, step.predicted, n)
+            yield Stretch("heads", t.profile(*outs, keep_leaves=keep))
+        else:
+            memory = lengths.total * model.dim * n.compute
+            yield Stretch(f"{name}'s end", t.profile(x, keep_leaves=keep), gives=memory)
+
+
+def halves(
+    stack: c.Stack, scene: Scene, reads: int | None, needs: bool, keep_leaves: bool
+) -> Iterator[tuple[Profile, Profile, int]]:
+    """Of each block: attention, feed-forward, and the holes that it leaves in the heap."""
+    known: dict[tuple[c.Block, int | None, bool], tuple[Profile, Profile, int, bool]] = {}
+    for i, cfg in enumerate(stack.blocks):
+        read = reads if i == len(stack.blocks) - 1 else None
+        key = (cfg, read, needs)
+        if key not in known:
+            t, x = attention_half(cfg, scene, read, needs)
+            u, y = feed_half(cfg, scene, read, x.needs)
+            holes = 0 if scene.numbers.cuda or read is not None else int(LOST * lost([(t, x), (u, y)]))
+            first, second = (tape.profile(out, keep_leaves=keep_leaves) for tape, out in ((t, x), (u, y)))
+            known[key] = first, second, holes, y.needs
+        first, second, holes, needs = known[key]
+        yield first, second, holes
+
+
+def together(a: Profile, b: Profile, keep_leaves: bool) -> Profile:
+    after = max(a.held + b.backward, a.backward + (b.leaf if keep_leaves else 0))
+    return Profile(
+        max(a.forward, a.held + b.forward), a.kept + b.kept, a.casts + b.casts, after, a.leaf + b.leaf,
+        a.start, b.out, a.keeps_start,
+    )  # fmt: skip
+
+
+def again(p: Profile) -> Profile:
+    """Of a stretch that keeps what it reads alone, and is computed again for the backward pass."""
+    backward = max(p.forward + p.out, p.backward + (0 if p.keeps_start else p.start))
+    return replace(p, kept=p.start, casts=0, backward=backward)

@@ -1,0 +1,174 @@
+"""Every weight of a model by its shape, and what optimizers keep for it.
+
+Legend: C channels, I inputs and O outputs of a linear map, V vocabulary, r rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Literal, NamedTuple
+
+from ronna.model import config as c
+from ronna.plan.shapes import Adapter
+
+Kind = Literal["adamw", "adam", "sgd", "adafactor", "muon", "adamw8bit", "apollo"]
+
+
+class Weight(NamedTuple):
+    """A matrix (rows, columns), or a vector of `rows` where there are no columns, `times` over; `inside` a block."""
+
+    path: str
+    rows: int
+    columns: int = 0
+    inside: bool = False
+    times: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.rows * max(1, self.columns) * self.times
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """momentum: of sgd, whether it has one. rank: of apollo's states."""
+
+    kind: Kind = "adamw"
+    momentum: bool = True
+    rank: int = 256
+
+
+def norm(path: str, cfg: c.Norm | None, dim: int, inside: bool = False) -> Iterator[Weight]:
+    if cfg is not None:
+        yield Weight(path, dim, 0, inside, cfg.params(dim) // dim)
+
+
+def linear(path: str, inputs: int, outputs: int, bias: bool, inside: bool = False) -> Iterator[Weight]:
+    yield Weight(path, outputs, inputs, inside)
+    if bias:
+        yield Weight(path, outputs, 0, inside)
+
+
+def attention(path: str, cfg: c.Attention, dim: int) -> Iterator[Weight]:
+    inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
+    for name, inputs, outputs, bias in (
+        ("q", dim, inner, cfg.bias),
+        ("k", dim, kv, cfg.bias),
+        ("v", dim, kv, cfg.bias),
+        ("out", inner, dim, cfg.out_bias),
+    ):
+        yield from linear(f"{path}.{name}", inputs, outputs, bias, True)
+    for _ in range(2):
+        yield from norm(f"{path}.norm", cfg.qk_norm, cfg.head_dim, True)
+
+
+def block(cfg: c.Block, dim: int) -> Iterator[Weight]:
+    yield from attention("attention", cfg.attention, dim)
+    if cfg.cross is not None:
+        yield from attention("cross", cfg.cross, dim)
+    yield from linear("ffn.up", dim, cfg.ffn.hidden, cfg.ffn.bias, True)
+    if cfg.ffn.gated:
+        yield from linear("ffn.gate", dim, cfg.ffn.hidden, cfg.ffn.bias, True)
+    yield from linear("ffn.down", cfg.ffn.hidden, dim, cfg.ffn.bias, True)
+    for _ in range(2 + (cfg.cross is not None) - cfg.skip_first_norm):
+        yield from norm("norm", cfg.norm, dim, True)
+
+
+def stack(cfg: c.Stack, dim: int) -> Iterator[Weight]:
+    for one, same in groupby(cfg.blocks):
+        count = len(list(same))
+        yield from (w._replace(times=w.times * count) for w in block(one, dim))
+    if cfg.relative_bias is not None:
+        yield Weight("bias.table", cfg.relative_bias.buckets, cfg.blocks[0].attention.heads)
+    yield from norm("final_norm", cfg.final_norm, dim)
+
+
+def head(cfg: c.Head, dim: int, vocab: int) -> Iterator[Weight]:
+    if cfg.transform is not None:
+        yield from linear("head.dense", dim, dim, cfg.transform.bias)
+        yield from norm("head.norm", cfg.transform.norm, dim)
+    if not cfg.tied:
+        yield Weight("head.logits", vocab, dim)
+    if cfg.bias:
+        yield Weight("head.logits", vocab)
+
+
+def classifier(cfg: c.Classifier, dim: int) -> Iterator[Weight]:
+    if cfg.dense is not None:
+        yield from linear("classifier.dense", dim, dim, cfg.dense_bias)
+    yield from norm("classifier.norm", cfg.norm, dim)
+    yield from linear("classifier.out", cfg.states * dim, cfg.labels, cfg.bias)
+    if cfg.transitions:
+        yield Weight("classifier.transitions", cfg.labels + 2, cfg.labels)
+
+
+def weights(model: c.Model, token_rows: int | None = None) -> Iterator[Weight]:
+    """All of a model, in its own order, equal blocks together; of the token table `token_rows` (None: all)."""
+    dim, table = model.dim, model.embedding
+    yield Weight("embedding.tokens", table.vocab if token_rows is None else token_rows, dim)
+    if isinstance(table.positions, c.LearnedPositions):
+        yield Weight("embedding.positions", table.positions.count, dim)
+    if table.segments:
+        yield Weight("embedding.segments", table.segments, dim)
+    yield from norm("embedding.norm", table.norm, dim)
+    for one in (model.encoder, model.decoder):
+        if one is not None:
+            yield from stack(one, dim)
+    if model.head is not None:
+        yield from head(model.head, dim, table.vocab)
+    if model.classifier is not None:
+        yield from classifier(model.classifier, dim)
+
+
+def adapted(model: c.Model, adapter: Adapter) -> Iterator[Weight]:
+    """What learns of a model with an adapter: its own matrices and the classifier."""
+    for one in (model.encoder, model.decoder):
+        for cfg, same in groupby(one.blocks if one else ()):
+            count = len(list(same))
+            for w in block(cfg, model.dim):
+                if w.columns and adapter.on(w.path):
+                    yield Weight(f"{w.path}.a", adapter.rank, w.columns, True, count)
+                    yield Weight(f"{w.path}.b", w.rows, adapter.rank, True, count)
+    if model.classifier is not None:
+        yield from classifier(model.classifier, model.dim)
+
+
+def states(optimizer: Optimizer, learning: list[Weight], width: int) -> int:
+    """Bytes that an optimizer keeps for weights of `width` bytes, moments being as wide as they."""
+    return sum(state(optimizer, w, width) for w in learning)
+
+
+def state(optimizer: Optimizer, w: Weight, width: int) -> int:
+    match optimizer.kind:
+        case "sgd":
+            return w.size * width * optimizer.momentum
+        case "adafactor" if w.columns:
+            return (w.rows + w.columns) * w.times * width
+        case "adafactor":
+            return w.size * width
+        case "muon" if w.columns and w.inside:
+            return w.size * width
+        case "adamw8bit":
+            return 2 * w.size + w.size // 32
+        case "apollo" if min(w.rows, w.columns) > optimizer.rank:
+            return 2 * optimizer.rank * max(w.rows, w.columns) * w.times * width
+    return 2 * w.size * width
+
+
+def scratch(optimizer: Optimizer, learning: list[Weight], width: int) -> int:
+    """The most bytes that an optimizer step takes beside weights, gradients and states: one matrix after another,
+    the one before not gone until the next is there."""
+    matrices = [w.size // w.times for w in learning if w.columns for _ in range(min(2, w.times))]
+    match optimizer.kind:
+        case "adafactor":
+            return width * max((a + b for a, b in pairwise([0, *matrices])), default=0)
+        case "muon":
+            return max((muon(w, width) for w in learning if w.columns and w.inside), default=0)
+        case "apollo":
+            return width * 2 * max(matrices, default=0)
+    return 0
+
+
+def muon(w: Weight, width: int) -> int:
+    """Of the matrix: the update, and in bf16 the result before it, its own, the next and two products with itself."""
+    short, size = min(w.rows, w.columns), w.rows * w.columns
+    return width * size + max(2 * (3 * size + 2 * short**2), 2 * 2 * size + width * size)
