@@ -4,6 +4,7 @@ Legend: R x C a matrix, its smaller side first; r rank of a projection.
 """
 
 import math
+from abc import abstractmethod
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -48,23 +49,15 @@ class Apollo(Config):
     refresh: PositiveInt = 200  # steps between projections
 
 
-class EightBitAdamW(Optimizer):
-    """`AdamW8bit` on bitsandbytes' kernels, its states plain tensors."""
+class ByTensor(Optimizer):
+    """An optimizer that looks at one tensor after another."""
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
-        kernels()  # its absence is to be told before training
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-
-    @staticmethod
-    def shapes(size: torch.Size) -> dict[str, tuple[int, ...]]:
+    @abstractmethod
+    def shapes(self, size: torch.Size) -> dict[str, tuple[int, ...]]:
         """Of the states of a parameter."""
-        scales = (-(-size.numel() // BLOCK),)
-        return {"step": (), "first": tuple(size), "second": tuple(size), "first_scale": scales, "second_scale": scales}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # which takes codes for moments, and gives them the weights' precision
-        for state in self.state.values():
-            state.update({name: state[name].to(torch.uint8) for name in ("first", "second")})
+    @abstractmethod
+    def update(self, p: Tensor, group: dict[str, Any]) -> None: ...
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -72,6 +65,23 @@ class EightBitAdamW(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, group)
+
+
+class EightBitAdamW(ByTensor):
+    """`AdamW8bit` on bitsandbytes' kernels, its states plain tensors."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
+        kernels()  # its absence is to be told before training
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    def shapes(self, size: torch.Size) -> dict[str, tuple[int, ...]]:
+        scales = (-(-size.numel() // BLOCK),)
+        return {"step": (), "first": tuple(size), "second": tuple(size), "first_scale": scales, "second_scale": scales}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which takes codes for moments, and gives them the weights' precision
+        for state in self.state.values():
+            state.update({name: state[name].to(torch.uint8) for name in ("first", "second")})
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -102,7 +112,7 @@ def maps(device: torch.device) -> tuple[Tensor, Tensor]:
     return make(signed=True).to(device), make(signed=False).to(device)
 
 
-class ApolloOptimizer(Optimizer):
+class ApolloOptimizer(ByTensor):
     """`Apollo` for matrices. What it projects by follows from shape and step, so there is nothing of it to keep."""
 
     LIMIT = 1.01  # growth of an update's norm from one step to the next
@@ -121,16 +131,8 @@ class ApolloOptimizer(Optimizer):
         super().__init__(groups, defaults | {"rank": rank, "scope": scope, "refresh": refresh})
 
     def shapes(self, size: torch.Size) -> dict[str, tuple[int, ...]]:
-        """Of the states of a parameter."""
         low = (rank_of(size, self.param_groups[0]["rank"]), max(size))
         return {"step": (), "norm": (), "first": low, "second": low}
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
         gradient = p.grad if p.shape[0] <= p.shape[1] else p.grad.T  # type: ignore[union-attr]  # (R, C)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
-from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, EightBitAdamW
+from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
 
 Decay = Annotated[float, Field(ge=0.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -238,7 +238,7 @@ def load_optimizer_tensors(
 
 def _state_problems(name: str, parameter: Parameter, state: dict[str, Tensor], optimizer: Optimizer) -> list[str]:
     shapes: dict[str, tuple[int, ...]] = {}
-    if isinstance(optimizer, EightBitAdamW | ApolloOptimizer):
+    if isinstance(optimizer, ByTensor):
         shapes = optimizer.shapes(parameter.shape)
     keys = set(shapes) or _state_keys(optimizer, parameter.ndim)
     problems = [f"missing {name}.{key}" for key in sorted(keys - state.keys())]
