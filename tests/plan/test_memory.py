@@ -110,7 +110,7 @@ def kept_bytes(model: Transformer, task: str, lengths: list[int]) -> int:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, patch.object(loss, "saved_tensors_hooks", lambda *_: nullcontext()):  # it hides its own from others
         total = work.loss(model.train(), batch)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *tensors(batch))}
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tensors(batch))}
     assert total.sums
     return sum(storage.nbytes() for place, storage in found.items() if place not in known)
 

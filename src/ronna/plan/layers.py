@@ -15,7 +15,8 @@ def linear(t: Tape, x: Value, rows: int, sides: tuple[int, int], bias: bool, n: 
     weights = sides[0] * sides[1]
     narrow = cast(t, weights, n)
     leaf = 0 if narrow else weights * n.weight
-    return changed(t, x, product(t, x, rows, sides[1], narrow, leaf, bias, n), rows, sides, n, path)
+    made = weights * n.compute if n.four_bit and path else 0
+    return changed(t, x, product(t, x, rows, sides[1], narrow, leaf, bias, n, made), rows, sides, n, path)
 
 
 def cast(t: Tape, weights: int, n: Numbers) -> Value | None:
@@ -26,22 +27,25 @@ def cast(t: Tape, weights: int, n: Numbers) -> Value | None:
 
 
 def product(
-    t: Tape, x: Value, rows: int, outputs: int, weights: Value | None, leaf: int, bias: bool, n: Numbers
+    t: Tape, x: Value, rows: int, outputs: int, weights: Value | None, leaf: int, bias: bool, n: Numbers, made: int = 0
 ) -> Value:
-    """`leaf` bytes are the gradient of weights that it reads as they are or, joined, as views of it."""
+    """`leaf` bytes are the gradient of weights that it reads as they are or, joined, as views of it. `made` are those
+    of weights that are made to be read and go again."""
     kept = [x] if n.learns else []
     reads = [x] if weights is None else [x, weights]
     if x.needs:
         kept += reads[1:]
     leaf = leaf + outputs * n.weight * bias if n.learns else 0
-    return t.op(*reads, size=rows * outputs * n.compute, keeps=kept, needs=x.needs or n.learns, leaf=leaf)
+    return t.op(
+        *reads, size=rows * outputs * n.compute, keeps=kept, needs=x.needs or n.learns, leaf=leaf, work=made, back=made
+    )
 
 
 def merged(
     t: Tape, x: Value, rows: int, inputs: int, outputs: list[tuple[str, int]], bias: bool, n: Numbers
 ) -> list[Value]:
     """Several maps of one input, by (path, O), as one product of their joined weights."""
-    if rows < MERGED:
+    if rows < MERGED or n.four_bit:
         return [linear(t, x, rows, (inputs, o), bias, n, path) for path, o in outputs]
     total = sum(o for _, o in outputs)
     casts = [narrow for _, o in outputs if (narrow := cast(t, inputs * o, n)) is not None]

@@ -11,10 +11,11 @@ from ronna.model import config as c
 from ronna.plan.heap import SPARE
 from ronna.plan.inputs import inputs
 from ronna.plan.stretches import Step, Stretch, Table, forward_pass, vocabulary_loss
-from ronna.plan.weights import adapted, scratch, states, weights
+from ronna.plan.weights import Weight, adapted, portions, scratch, states, weights
 
 __all__ = ["Memory", "Step", "estimate"]
 
+BITS = {"nf4": 4.5, "nf4_double": 4.127}  # a weight, scales included
 CUDA_WORKSPACE = 32 * 2**20  # of matrix products on recent cards
 PASSING = ("gradients", "activations", "ends", "casts", "loss", "holes")  # what is not there between two steps
 
@@ -46,7 +47,7 @@ def estimate(model: c.Model, step: Step) -> Memory:
     width = n.weight if step.adapter is None else 4
     walk = Walk(
         weights=model_bytes(model, step) + table.copy,
-        optimizer=states(step.optimizer, learning, width) + table.buffer,
+        optimizer=0 if "optimizer" in step.offload else states(step.optimizer, learning, 4) + table.buffer,
         inputs=inputs(model, step.lengths, step.source, step.predicted, n),
         workspace=CUDA_WORKSPACE if n.cuda else 0,
         spare=0.0 if n.cuda else SPARE,
@@ -55,13 +56,15 @@ def estimate(model: c.Model, step: Step) -> Memory:
         walk.begin(model_bytes(model, step) + model.params() * (width - n.weight))
     stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
-    beside = scratch(step.optimizer, learning, width)
+    inside, outside = ([w for w in learning if w.inside == within] for within in (True, False))
+    beside = beside_step(step, learning, width)
     sparse = sum(s.rows for s in stretches)
     if step.micro_batches > 1 and not step.fused_backward:
         walk.now["gradients"] = dense + (step.micro_batches - 1) * sparse
     forward(walk, stretches, loss)
     most = dict(walk.now)
-    backward(walk, stretches, step, beside if step.fused_backward else 0, model)
+    stepping = (beside_step(step, inside, width), beside_step(step, outside, width)) if step.fused_backward else (0, 0)
+    backward(walk, stretches, step, stepping, model)
     if not step.fused_backward:
         once = min(sparse, table.rows * model.dim * width)
         walk.now["gradients"] = dense + step.micro_batches * sparse
@@ -124,24 +127,39 @@ def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
         walk.now["gradients"] += loss.profile.leaf
 
 
-def backward(walk: Walk, stretches: list[Stretch], step: Step, beside: int, model: c.Model) -> None:
-    """`beside`: what the optimizer takes, where it steps in between."""
+def beside_step(step: Step, learning: list[Weight], width: int) -> int:
+    """What the optimizer takes for these."""
+    if step.lean:
+        return portions(step.optimizer, learning, width, "optimizer" in step.offload)
+    return scratch(step.optimizer, learning, 4)
+
+
+def backward(walk: Walk, stretches: list[Stretch], step: Step, stepping: tuple[int, int], model: c.Model) -> None:
+    """`stepping`: what the optimizer takes, where it steps in between, within the blocks and outside of them."""
     walk.now["loss"] = 0  # it is the gradient that goes into the last stretch
     if not step.keeps_gradients and model.head is not None and not model.head.tied:
         walk.now["gradients"] -= model.embedding.vocab * model.dim * step.numbers.weight * step.numbers.learns
+    if step.fused_backward and step.clip:  # a pass for the norm alone, which frees nothing
+        for s in reversed(stretches):
+            walk.moment(f"backward of {s.name}", s.profile.backward - s.profile.held)
     memory = 0  # gradient of the encoder's states, to which every block of the decoder adds
     for s in reversed(stretches):
         walk.add(s, -1)
         if s.gives:
             memory = 0
         memory = max(memory, s.memory)
+        beside = stepping[s.block is None]
         walk.moment(f"backward of {s.name}", s.profile.backward + memory + beside)
         walk.now["gradients"] += s.rows + (s.profile.leaf if step.keeps_gradients else 0)
 
 
 def model_bytes(model: c.Model, step: Step) -> int:
-    n = step.numbers
+    n, params = step.numbers, model.params()
     if step.adapter is None:
-        return model.params() * n.weight
+        return params * n.weight
     own = sum(w.size for w in adapted(model, step.adapter)) * 4
-    return own + model.params() * n.weight  # beside the classifier that learns stands the base's
+    coded = 0
+    if step.quantize is not None:
+        coded = sum(w.size for w in weights(model) if w.inside and w.columns)
+    # Beside the classifier that learns stands the base's.
+    return own + (params - coded) * n.weight + int(coded * BITS.get(step.quantize or "", 0) / 8)

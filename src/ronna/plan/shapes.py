@@ -96,12 +96,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes of an activation and of a weight, and what learns: all, or an adapter and the classifier alone."""
+    """Bytes of an activation and of a weight, and what learns: all, or an adapter and the classifier alone.
+
+    four_bit: the linear maps of blocks are made out of 4 bits whenever they are read. away: activations wait elsewhere.
+    """
 
     compute: int
     weight: int
     cuda: bool
     adapter: Adapter | None = None
+    four_bit: bool = False
+    away: bool = False
 
     @property
     def learns(self) -> bool:

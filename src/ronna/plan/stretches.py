@@ -26,7 +26,8 @@ class Step:
     predicted: positions given to the vocabulary head (None: all). token_rows: tokens of the vocabulary that the data
     holds (None: not counted), which matters where a table of them is trained by rows. blocks and feeds: how many
     blocks, the encoder's first, are computed again for the backward pass, and of how many after them the feed-forward
-    half. fused_backward: the optimizer steps within the backward pass, one weight at a time.
+    half. fused_backward: the optimizer steps within the backward pass, one weight at a time; `clip`: with the norm of
+    all gradients known before, for which the backward pass is walked twice. offload and quantize: as in a run file.
     """
 
     lengths: Lengths
@@ -41,13 +42,23 @@ class Step:
     blocks: int = 0
     feeds: int = 0
     fused_backward: bool = False
+    clip: bool = True
+    offload: tuple[Literal["optimizer", "activations"], ...] = ()
+    quantize: Literal["nf4", "nf4_double"] | None = None
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def numbers(self) -> Numbers:
         """An adapter's base is held in the precision of the computation."""
         width = self.compute if self.adapter else self.weights
-        return Numbers(BYTES[self.compute], BYTES[width], self.device == "cuda", self.adapter)
+        away, four_bit = "activations" in self.offload, self.quantize is not None
+        return Numbers(BYTES[self.compute], BYTES[width], self.device == "cuda", self.adapter, four_bit, away)
+
+    @property
+    def lean(self) -> bool:
+        """Whether a step is taken tensor by tensor, as `ronna.run` has it."""
+        ways = (self.weights == "bf16", self.fused_backward, "optimizer" in self.offload)
+        return any(ways) or self.optimizer.kind in ("adamw8bit", "apollo")
 
     @property
     def keeps_gradients(self) -> bool:
@@ -82,7 +93,7 @@ class Table:
     @classmethod
     def of(cls, model: c.Model, step: Step) -> "Table":
         vocab, tied = model.embedding.vocab, model.head is not None and model.head.tied
-        if step.device != "cpu" or tied or step.adapter is not None:
+        if step.device != "cpu" or tied or step.adapter is not None or step.lean:
             return cls(vocab)
         row = model.dim * step.numbers.weight
         if step.token_rows is not None and step.token_rows < WORTHWHILE * vocab:
@@ -126,7 +137,7 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
         reads = read_positions(model, step) if last else None
         t, x = ends.embedding(model, stack, lengths, n, dense, there)
         by_rows = lengths.total * model.dim * n.weight if table.sparse else 0
-        yield Stretch(f"{name}'s embedding", t.profile(x, keep_leaves=keep), rows=by_rows)
+        yield Stretch(f"{name}'s embedding", t.profile(x, keep_leaves=keep, away=n.away), rows=by_rows)
         there = True
         scene = Scene(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
         for i, (first, second, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
@@ -143,10 +154,10 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
         t, x = ends.ending(stack, model.dim, rows, read, True, n)
         if last:
             outs = ends.heads(t, x, model, read, step.lengths.sequences, reads is None, step.predicted, n)
-            yield Stretch("heads", t.profile(*outs, keep_leaves=keep))
+            yield Stretch("heads", t.profile(*outs, keep_leaves=keep, away=n.away))
         else:
             memory = lengths.total * model.dim * n.compute
-            yield Stretch(f"{name}'s end", t.profile(x, keep_leaves=keep), gives=memory)
+            yield Stretch(f"{name}'s end", t.profile(x, keep_leaves=keep, away=n.away), gives=memory)
 
 
 def halves(
@@ -161,7 +172,8 @@ def halves(
             t, x = attention_half(cfg, scene, read, needs)
             u, y = feed_half(cfg, scene, read, x.needs)
             holes = 0 if scene.numbers.cuda or read is not None else int(LOST * lost([(t, x), (u, y)]))
-            first, second = (tape.profile(out, keep_leaves=keep_leaves) for tape, out in ((t, x), (u, y)))
+            away = scene.numbers.away
+            first, second = (tape.profile(out, keep_leaves=keep_leaves, away=away) for tape, out in ((t, x), (u, y)))
             known[key] = first, second, holes, y.needs
         first, second, holes, needs = known[key]
         yield first, second, holes

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+PUT_AWAY = 2**20  # as in ronna.train.shelf
+
 
 class Value(NamedTuple):
     """A tensor: `size` bytes of its own in a storage that it may share; `needs` a gradient of as many bytes."""
@@ -33,7 +35,8 @@ class Op(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one stretch, in bytes beyond what was there before it. What it reads counts as its own.
+    """Of one stretch, in bytes beyond what was there before it. What it reads counts as its own, what waits elsewhere
+    for the backward pass does not.
 
     forward: the most while it goes forward. kept: activations and `casts` of weights after that, up to its backward
     pass. backward: the most while it goes backward, what it has kept included. leaf: gradients of weights it leaves.
@@ -120,22 +123,24 @@ class Tape:
         last = self.ops[-1]
         self.ops[-1] = last._replace(reads=(*last.reads, *(v.storage for v in values)))
 
-    def profile(self, *outs: Value, keep_leaves: bool = True) -> Profile:
-        """Unless leaves are kept, a weight's gradient is gone, or has been added to another, once it is there."""
+    def profile(self, *outs: Value, keep_leaves: bool = True, away: bool = False) -> Profile:
+        """Unless leaves are kept, a weight's gradient is gone, or has been added to another, once it is there. `away`:
+        what is kept is put elsewhere, but for what is small, and comes back for the operation that reads it."""
         kept, going = self.lives(outs)
-        casts = sum(self.sizes[s] for s in kept & self.casts)
-        held = sum(self.sizes[s] for s in kept)
+        here = {s for s in kept if self.sizes[s] < PUT_AWAY} if away else kept
+        casts = sum(self.sizes[s] for s in here & self.casts)
+        held = sum(self.sizes[s] for s in here)
         leaf = sum(op.leaf for op in self.ops)
         start = self.start
         return Profile(
             self._forward(going),
             held - casts,
             casts,
-            self._backward(outs, held, keep_leaves),
+            self._backward(outs, held, keep_leaves, kept - here),
             leaf,
             start.size,
             sum(out.size for out in outs),
-            start.storage in kept,
+            start.storage in here,
         )
 
     def lives(self, outs: tuple[Value, ...]) -> tuple[set[int], list[list[int]]]:
@@ -157,14 +162,19 @@ class Tape:
             live -= sum(self.sizes[s] for s in gone)
         return peak
 
-    def _backward(self, outs: tuple[Value, ...], held: int, keep_leaves: bool) -> int:
+    def _backward(self, outs: tuple[Value, ...], held: int, keep_leaves: bool, away: set[int]) -> int:
         going: list[list[int]] = [[] for _ in self.ops]
         for s, i in {s: i for i, op in reversed(list(enumerate(self.ops))) for s in op.kept}.items():
             going[i].append(s)
         gradient = {out.key: i for i, out in enumerate(outs)}  # number of the buffer that a value's gradient lies in
         sizes, users = [out.size for out in outs], [1] * len(outs)
         live = peak = held + sum(sizes)
+        away = set(away)
         for op, gone in zip(reversed(self.ops), reversed(going), strict=True):
+            back = away.intersection(op.kept)
+            live += sum(self.sizes[s] for s in back)
+            away -= back
+            peak = max(peak, live)
             buffer = gradient.pop(op.out.key, None)
             if buffer is not None and op.out.needs:
                 new = sum(n for _, n in op.into)

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 from ronna.model import config as c
 from ronna.plan.shapes import Adapter
 
+ROWS, ELEMENTWISE = 2**22, {"adamw", "adam", "sgd", "adamw8bit"}  # as in ronna.train.portions
+ROUNDING = 12  # bytes of a number that it takes to round it by chance
 Kind = Literal["adamw", "adam", "sgd", "adafactor", "muon", "adamw8bit", "apollo"]
 
 
@@ -30,11 +32,11 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """momentum: of sgd, whether it has one. rank: of apollo's states."""
+    """momentum: of sgd, whether it has one. rank: of apollo's states; None: a quarter of a matrix's smaller side."""
 
     kind: Kind = "adamw"
     momentum: bool = True
-    rank: int = 256
+    rank: int | None = None
 
 
 def norm(path: str, cfg: c.Norm | None, dim: int, inside: bool = False) -> Iterator[Weight]:
@@ -149,9 +151,22 @@ def state(optimizer: Optimizer, w: Weight, width: int) -> int:
             return w.size * width
         case "adamw8bit":
             return 2 * w.size + w.size // 32
-        case "apollo" if min(w.rows, w.columns) > optimizer.rank:
-            return 2 * optimizer.rank * max(w.rows, w.columns) * w.times * width
+        case "apollo" if w.columns:
+            short = min(w.rows, w.columns)
+            return 2 * min(optimizer.rank or max(1, short // 4), short) * max(w.rows, w.columns) * w.times * width
     return 2 * w.size * width
+
+
+def portions(optimizer: Optimizer, learning: list[Weight], width: int, shelved: bool) -> int:
+    """The same where a step is taken tensor by tensor (see `ronna.train.portions`); `shelved` states come for it."""
+    most = 0
+    for w in learning:
+        size = w.size // w.times
+        part = min(size, ROWS) if optimizer.kind in ELEMENTWISE else size
+        copies = part * (0 if width == 4 else 4 + max(4, ROUNDING))
+        states = state(optimizer, w, 4) // w.times * part // size if shelved else 0
+        most = max(most, copies + states, 0 if width == 4 else 4 * size)  # the norm of a narrow gradient is taken wide
+    return most + scratch(optimizer, learning, 4)
 
 
 def scratch(optimizer: Optimizer, learning: list[Weight], width: int) -> int:
