@@ -6,7 +6,7 @@
 the same times what three steps took longer than it says. Those are of full length, of one micro-batch, and the ones to
 be predicted are those that the run then takes, of varied lengths and all its micro-batches. Measured is the median of
 20 steps, or of as many as about so many seconds hold; what is predicted for it is the median of what is predicted for
-each. A run during which other processes took more than `QUIET` of the machine's cores is done again, twice at most, and
+each. A run during which other processes took more than `QUIET` of the machine's cores is done again, once at most, and
 marked with a star where that did not help; needs Linux.
 
 The few constants that are not measured (`ronna.plan.time`) were chosen while looking at FITTED; the error to state is
@@ -194,7 +194,7 @@ def run(case: Timed, steps: int, threads: int) -> tuple[list[float], float]:
     command = [sys.executable, __file__, "--one", json.dumps(asdict(case)), "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     best: tuple[list[float], float] = ([], math.inf)
-    for _ in range(3):
+    for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"{case.name}:\n{done.stderr}")
@@ -222,8 +222,9 @@ def compared(case: Timed, device: Any, least: float, threads: int) -> dict[str, 
     predicted = statistics.median(seconds(case, model, device, PROBE + 1 + i) for i in range(steps))
     measured = statistics.median(found[PROBE + 1 :])
     ratio = statistics.median(found[WARM:PROBE]) / said[0]
+    errors = {"a": predicted / measured - 1, "b": predicted * ratio / measured - 1}
     return {"name": case.name, "measured": measured, "predicted": predicted, "ratio": ratio, "steps": steps,
-            "a": predicted / measured - 1, "b": predicted * ratio / measured - 1, "others": others, "seconds": found}  # fmt: skip
+            "others": others, "seconds": found, **errors}  # fmt: skip
 
 
 def here(threads: int) -> Any:

@@ -67,6 +67,7 @@ def test_products_are_those_of_torch(name: str, compute: Any) -> None:
         ("qwen3-0.6b", [40] * 2, {"hidden_size": 64, "num_hidden_layers": 1}),
         ("modernbert-tiny", [300, 290, 40], {}),  # a window
         ("bert-tiny", [9, 8], {}),  # too few to join the weights
+        ("bert-tiny", [520] * 2, {"max_position_embeddings": 520}),  # the flash kernel
     ],
 )
 def test_products_of_other_shapes(name: str, lengths: list[int], settings: dict[str, Any]) -> None:
@@ -119,7 +120,6 @@ def test_more_takes_longer(model: Model) -> None:
         {"lengths": Lengths(9, 128)},
         {"lengths": Lengths(8, 160)},
         {"lengths": Lengths(4, 256)},
-        {"lengths": Lengths(16, 128, 1024, rows=8)},
         {"predicted": 160},
         {"micro_batches": 2},
         {"blocks": 1},
@@ -131,6 +131,7 @@ def test_more_takes_longer(model: Model) -> None:
         {"optimizer": Optimizer("adafactor")},
     ):
         assert took(model, **more).total > base.total, more
+    assert took(lengths=Lengths(16, 128, 1024, rows=8)).total > took().total  # a mask
     assert took(model, blocks=2).total > took(model, blocks=1).total > took(model, feeds=1).total > base.total
     assert took(model, clip=False).total < base.total
     assert took(model, compute="bf16").total < base.total

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1  # of what is measured and how; another one's file is not read
-SAMPLE = 0.02  # seconds for which each operation is called over and over
+SAMPLE = 0.012  # seconds for which each operation is called over and over
+ROUNDS = 2  # over the shapes of linear maps, as a machine is not always equally fast
 STREAM = 2**23  # numbers of a pass that no cache holds
 # T rows of x, I inputs and O outputs of linear maps, as models of all sizes have them.
 LINEAR = ((64, 256, 1024), (128, 1024, 256), (256, 128, 512), (256, 768, 768), (1024, 256, 256), (1024, 512, 2048),
@@ -142,19 +143,19 @@ class Probe:
         self.device, self.heap = device, heap
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """Of a call: of many, one that few beat, so that what else runs on the machine counts little."""
+        """Of a call, the median of many."""
         for _ in range(2):
             function()
         if self.heap is not None:
             self.heap()
-        once, began, least = [], time.perf_counter(), 5
+        once, began, least = [], time.perf_counter(), 3
         while time.perf_counter() - began < SAMPLE or len(once) < least:
             self.wait()
             start = time.perf_counter()
             function()
             self.wait()
             once.append(time.perf_counter() - start)
-        return sorted(once)[len(once) // 5]
+        return sorted(once)[len(once) // 2]
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -176,7 +177,7 @@ class Probe:
         return self.seconds(lambda: torch.add(x, y, out=out)) / (3 * STREAM * x.element_size())
 
     def bytes(self) -> float:
-        """Seconds of a byte in the passes that models consist of: a sum, a cast, heads and tokens that change places."""
+        """Seconds of a byte in passes as models have them: a sum, a cast, heads and tokens that change places."""
         import torch
 
         x, y = (self.random(STREAM // 4, dtype=torch.float32) for _ in range(2))
@@ -216,7 +217,7 @@ class Probe:
         import torch
         import torch.nn.functional as F
 
-        for t, i, o in LINEAR:
+        for t, i, o in LINEAR * ROUNDS:
             x, w, g = (self.random(*s, dtype=dtype) for s in ((t, i), (o, i), (t, o)))
             size = (x.numel() + w.numel() + g.numel()) * x.element_size()
             for function in (partial(F.linear, x, w), partial(torch.matmul, g, w), partial(torch.matmul, g.T, x)):

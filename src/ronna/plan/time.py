@@ -1,7 +1,7 @@
 """How long a training step takes, by arithmetic: what it does (`ronna.plan.work`) times what each kind of work costs.
 
 Costs are measured where `ronna.base.rates` has been, else told from the device's rates and bandwidth. They are added
-up: nothing of a step is thought to run beside the rest.
+up: nothing of a step is thought to run beside the rest, but a GPU beside the calls. No GPU has been compared with yet.
 """
 
 from collections import Counter
@@ -13,10 +13,10 @@ from ronna.model import config as c
 from ronna.plan.ends import CHUNK_ELEMENTS
 from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
-from ronna.plan.shapes import BYTES
+from ronna.plan.shapes import BYTES, Lengths, Numbers
 from ronna.plan.stretches import Step, Table, read_positions
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
-from ronna.plan.work import PRODUCTS, Part, Work, embedding, halves, heads, total, vocabulary
+from ronna.plan.work import PRODUCTS, Part, Work, embedding, halves, heads, norm, total, vocabulary
 
 # Bytes that move for a number: read and written, backward also what was kept. Of `words`, three passes in fp32.
 MOVED = {"forward": 2, "backward": 3}
@@ -42,12 +42,13 @@ WALKS: dict[str, tuple[float, int]] = {
     "apollo": (12, 10),
 }  # fmt: skip
 MUON_STEPS = 5
+HOST_STREAM = 40e9  # bytes/s of a GPU's host's memory, a guess
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step, all its micro-batches together. overhead: of calling the operations of all other parts.
-    flops: floating-point operations of all products, those done again included. bytes: moved outside of products."""
+    """Seconds of a step, all its micro-batches together. overhead: of calling the operations of all other parts, on a
+    GPU what does not pass while it computes. flops: floating-point operations of all products, those done again included. bytes: moved outside of products."""
 
     forward: float
     backward: float
@@ -94,16 +95,17 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
         "backward": spent(parts.backward, step, device) * step.micro_batches * walks,
         "recomputation": spent(parts.again, step, device) * step.micro_batches * walks,
         "loss": spent(parts.loss, step, device) * step.micro_batches,
-        "optimizer": spent(update, step, device),
+        "optimizer": spent(update, step, elsewhere(step, device)),
     }
     work = total(
         [*[parts.forward, parts.loss] * step.micro_batches, *[parts.backward, parts.again] * step.micro_batches * walks]
     )
     work.update(update)
+    calls = work["calls"] * cost("calls", step, device)
     return Time(
         **seconds,
         offload=offloaded(model, step) / device.host,
-        overhead=work["calls"] * cost("calls", step, device),
+        overhead=max(0.0, calls - sum(seconds.values())) if device.kind == "cuda" else calls,
         flops=sum(work[kind] for kind in PRODUCTS),
         bytes=sum(units * width(kind, step) for kind, units in work.items()),
     )
@@ -170,7 +172,7 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
         reads = read_positions(model, step) if last else None
         done.add(embedding(model, stack, lengths, n, table.sparse))
         part = Part(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
-        for one, two in of_blocks(stack, part, reads, number == 0):
+        for one, two in of_blocks(stack, part, reads):
             repeated = (one, two) if number < step.blocks else (two,) if number < step.blocks + step.feeds else ()
             for half in repeated:
                 again.update(half.forward)
@@ -179,7 +181,9 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
             done.add(two)
             number += 1
         if stack.relative_bias is not None:
-            relative(done, lengths, stack.blocks[0].attention.heads, part)
+            relative(done, lengths, stack.blocks[0].attention.heads, n)
+        if not last:
+            norm(done, stack.final_norm, lengths.total * model.dim)
     words = (step.lengths.total if step.predicted is None else step.predicted) if model.head else 0
     read = read_positions(model, step)
     done.add(heads(model, step.lengths.total if read is None else read, step.lengths.sequences, words, n))
@@ -190,21 +194,21 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
     return Parts(done.forward, done.backward, again, loss.forward + loss.backward)
 
 
-def of_blocks(stack: c.Stack, part: Part, reads: int | None, first: bool) -> Iterator[tuple[Work, Work]]:
+def of_blocks(stack: c.Stack, part: Part, reads: int | None) -> Iterator[tuple[Work, Work]]:
     """Of each block; the first one's input has no gradient where the embedding is frozen."""
     known: dict[tuple[c.Block, int | None, bool], tuple[Work, Work]] = {}
     for i, cfg in enumerate(stack.blocks):
-        key = (cfg, reads if i == len(stack.blocks) - 1 else None, not (first and i == 0))
+        key = (cfg, reads if i == len(stack.blocks) - 1 else None, i > 0)
         if key not in known:
             known[key] = halves(cfg, part, key[1], key[2])
         yield known[key]
 
 
-def relative(done: Work, lengths: c.Any, heads: int, part: Part) -> None:
+def relative(done: Work, lengths: Lengths, heads: int, n: Numbers) -> None:
     """T5's bias, made once for all blocks."""
-    view = lengths.packed(part.numbers.cuda)
+    view = lengths.packed(n.cuda)
     pairs = view.columns**2 * (1 if view.single else view.rows)
-    done.moves(pairs * (heads * (4 + 2 * part.numbers.compute) + 80), 3 * pairs * heads * 4, 12)
+    done.moves(pairs * (heads * (4 + 2 * n.compute) + 80), 3 * pairs * heads * 4, 12)
 
 
 def learning(model: c.Model, step: Step) -> list[Weight]:
@@ -247,12 +251,21 @@ def kind_of(cfg: Optimizer, w: Weight) -> str:
 
 
 def offloaded(model: c.Model, step: Step) -> float:
-    """Bytes that go away and come back in a step."""
-    moved = 0
+    """Bytes that go away and come back in a step: states, or of a GPU's weights the gradients and the weights, as the
+    host takes the step; and activations."""
+    own, moved = learning(model, step), 0
     if "optimizer" in step.offload:
         wide = 4 if step.adapter else step.numbers.weight
-        moved += 2 * states(step.optimizer, learning(model, step), wide)
+        there = sum(w.size for w in own) * wide if step.device == "cuda" else states(step.optimizer, own, wide)
+        moved += 2 * there
     if "activations" in step.offload:
         kept = estimate(model, replace(step, offload=()))
         moved += 2 * step.micro_batches * sum(kept.activations)
     return float(moved)
+
+
+def elsewhere(step: Step, device: Device) -> Device:
+    """Where the optimizer's step is taken."""
+    if device.kind == "cuda" and "optimizer" in step.offload:
+        return replace(device, bandwidth=HOST_STREAM, costs={})
+    return device

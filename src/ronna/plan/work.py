@@ -115,6 +115,11 @@ def merged(
         changed(w, rows, (inputs, o), n, path, needs)
 
 
+def learns(n: Numbers, path: str) -> bool:
+    """Whether anything of a map does."""
+    return n.adapter is None or n.adapter.on(path)
+
+
 def norm(w: Work, cfg: c.Norm | None, numbers: int) -> None:
     if cfg is not None:
         w.each(cfg.kind, numbers)
@@ -131,8 +136,11 @@ def spread(w: Work, view: View, width: int, gathered: bool = False) -> None:
         w.moves((2 * view.tokens + (0 if gathered else view.cells)) * width, calls=1 + (not gathered))
 
 
-def attend(w: Work, p: Part, cfg: c.Attention, views: tuple[View, View], mask: bool, bias: bool) -> None:
-    """Scores, softmax and values over rectangles of queries and keys, each spread before and gathered after."""
+def attend(
+    w: Work, p: Part, cfg: c.Attention, views: tuple[View, View], mask: bool, needs: tuple[bool, bool, bool]
+) -> None:
+    """Scores, softmax and values over rectangles of queries and keys, each spread before and gathered after; `needs`:
+    which of queries, keys and values have a gradient."""
     n, (queries, keys) = p.numbers, views
     e, wide, narrow = n.compute, cfg.heads * cfg.head_dim * n.compute, cfg.kv * cfg.head_dim * n.compute
     spread(w, queries, wide)
@@ -151,14 +159,15 @@ def attend(w: Work, p: Part, cfg: c.Attention, views: tuple[View, View], mask: b
         pairs, times = queries.cells * cfg.heads * keys.columns, queries.rows * cfg.heads
         w.moves(2 * queries.cells * wide)  # scaled
         w.moves(2 * (queries.cells + 2 * keys.cells) * wide, calls=3)  # heads and tokens change places
-        w.product("batched", (queries.columns, cfg.head_dim, keys.columns), e, 2, times)
-        if bias:
+        w.product("batched", (queries.columns, cfg.head_dim, keys.columns), e, needs[0] + needs[1], times)
+        if p.bias is not None and queries is keys:
             w.moves(3 * e * pairs, e * pairs)
         elif mask or causal:
             w.each("mask", pairs)
         w.each("softmax", pairs)
         dropout(w, cfg.dropout, pairs)
-        w.product("batched", (queries.columns, keys.columns, cfg.head_dim), e, 2, times)
+        gradients = (needs[0] or needs[1]) + needs[2]
+        w.product("batched", (queries.columns, keys.columns, cfg.head_dim), e, gradients, times)
         w.moves(2 * queries.cells * wide)
     spread(w, queries, wide, gathered=True)
 
@@ -176,12 +185,13 @@ def attend_flat(w: Work, p: Part, cfg: c.Attention, lengths: Lengths) -> None:
     w.backward.update({"flash backward": 2.5 * flops, "bytes": 2 * moved, "calls": 1})
 
 
-def attention(w: Work, p: Part, cfg: c.Attention, reads: int | None, needs: bool) -> None:
-    """Of x (rows, C), or of its `reads` positions that somebody reads."""
+def attention(w: Work, p: Part, cfg: c.Attention, reads: int | None, needs: bool) -> bool:
+    """Of x (rows, C), or of its `reads` positions that somebody reads. Whether there is a gradient to what it gives."""
     n, tokens, rows = p.numbers, p.lengths.total, p.rows
     inner, kv, e = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim, n.compute
     few = rows if reads is None else n.rows(reads)
     keys = [("attention.k", kv), ("attention.v", kv)]
+    q_needs, k_needs, v_needs = (needs or learns(n, f"attention.{name}") for name in "qkv")
     if reads is None:
         merged(w, rows, p.dim, [("attention.q", inner), *keys], cfg.bias, n, needs)
     else:
@@ -196,10 +206,13 @@ def attention(w: Work, p: Part, cfg: c.Attention, reads: int | None, needs: bool
     if n.cuda and n.compute == 2 and p.bias is None and not cfg.dropout:
         attend_flat(w, p, cfg, p.lengths)
     else:
-        attend(w, p, cfg, (view, view), mask_bytes(view, p.causal, cfg.window) > 0, p.bias is not None)
+        masked = mask_bytes(view, p.causal, cfg.window) > 0
+        attend(w, p, cfg, (view, view), masked, (q_needs, k_needs, v_needs))
     if reads is not None:
         w.moves(2 * few * inner * e, (tokens + few) * inner * e, calls=2)
-    linear(w, few, (inner, p.dim), cfg.out_bias, n, "attention.out", True)
+    below = q_needs or k_needs or v_needs
+    linear(w, few, (inner, p.dim), cfg.out_bias, n, "attention.out", below)
+    return below or learns(n, "attention.out")
 
 
 def cross(w: Work, p: Part, cfg: c.Attention, reads: int | None) -> None:
@@ -212,20 +225,21 @@ def cross(w: Work, p: Part, cfg: c.Attention, reads: int | None) -> None:
     norm(w, cfg.qk_norm, rows * inner + source.total * kv)
     w.backward.update({"bytes": 3 * source.total * p.dim * e, "calls": 1})  # added to the other blocks' gradient
     columns = source.padded()
-    attend(w, p, cfg, (p.lengths.padded(), columns), not columns.full, False)
+    attend(w, p, cfg, (p.lengths.padded(), columns), not columns.full, (True, True, True))
     linear(w, rows, (inner, p.dim), cfg.out_bias, n, "cross.out", True)
 
 
-def feed_forward(w: Work, p: Part, cfg: c.FeedForward, rows: int) -> None:
+def feed_forward(w: Work, p: Part, cfg: c.FeedForward, rows: int, needs: bool) -> None:
     n, e, hidden = p.numbers, p.numbers.compute, rows * cfg.hidden
     if cfg.gated:
-        merged(w, rows, p.dim, [("ffn.gate", cfg.hidden), ("ffn.up", cfg.hidden)], cfg.bias, n, True)
+        merged(w, rows, p.dim, [("ffn.gate", cfg.hidden), ("ffn.up", cfg.hidden)], cfg.bias, n, needs)
         w.moves(3 * hidden * e, 6 * hidden * e)
     else:
-        linear(w, rows, (p.dim, cfg.hidden), cfg.bias, n, "ffn.up", True)
+        linear(w, rows, (p.dim, cfg.hidden), cfg.bias, n, "ffn.up", needs)
     w.each(cfg.act, hidden)
     dropout(w, cfg.dropout, hidden)
-    linear(w, rows, (cfg.hidden, p.dim), cfg.bias, n, "ffn.down", True)
+    below = needs or learns(n, "ffn.up") or (cfg.gated and learns(n, "ffn.gate"))
+    linear(w, rows, (cfg.hidden, p.dim), cfg.bias, n, "ffn.down", below)
 
 
 def residual(w: Work, p: Part, cfg: c.Block, normed: bool, rows: int) -> None:
@@ -240,12 +254,13 @@ def halves(cfg: c.Block, p: Part, reads: int | None, needs: bool) -> tuple[Work,
     """Of a block: up to its feed-forward, and that. `needs`: whether what it reads has a gradient."""
     rows = p.rows if reads is None else p.numbers.rows(reads)
     first, second = Work(), Work()
-    attention(first, p, cfg.attention, reads, needs or p.numbers.learns)
+    needs = attention(first, p, cfg.attention, reads, needs or p.numbers.learns) or needs
     residual(first, p, cfg, not cfg.skip_first_norm, p.rows)
     if cfg.cross is not None:
         cross(first, p, cfg.cross, reads)
+        needs = True
         residual(first, p, cfg, True, rows)
-    feed_forward(second, p, cfg.ffn, rows)
+    feed_forward(second, p, cfg.ffn, rows, needs)
     residual(second, p, cfg, True, rows)
     if cfg.norm_at == "pre" and not cfg.dropout:
         linear(last := Work(), rows, (cfg.ffn.hidden, p.dim), False, p.numbers, "", True)
