@@ -23,7 +23,7 @@ LEVELS = [
 TOP, APPS = len(LEVELS), len(LEVELS) + 1
 CLOSED_FORMS = {
     f"ronna.plan.{name}"
-    for name in "hardware memory time search stretches blocks layers ends inputs weights shapes tape heap".split()
+    for name in "hardware memory time work search stretches blocks layers ends inputs weights shapes tape heap".split()
 }
 NO_TORCH = ("ronna.base", "ronna.text", "ronna.model.config", "ronna.data.sources", "ronna.data.shards",
             "ronna.data.packing", *CLOSED_FORMS)  # fmt: skip

@@ -38,7 +38,7 @@ DEAR = {
 }
 # Numbers in fp32 that an optimizer reads and writes for a weight, and how many passes that takes.
 WALKS: dict[str, tuple[float, int]] = {
-    "adamw": (7, 1), "adam": (7, 1), "sgd": (5, 2), "adafactor": (14, 8), "muon": (12, 8), "adamw8bit": (4, 1),
+    "adamw": (7, 1), "sgd": (5, 2), "adafactor": (14, 8), "muon": (12, 8), "adamw8bit": (4, 1),
     "apollo": (12, 10),
 }  # fmt: skip
 MUON_STEPS = 5
@@ -48,7 +48,8 @@ HOST_STREAM = 40e9  # bytes/s of a GPU's host's memory, a guess
 @dataclass(frozen=True)
 class Time:
     """Seconds of a step, all its micro-batches together. overhead: of calling the operations of all other parts, on a
-    GPU what does not pass while it computes. flops: floating-point operations of all products, those done again included. bytes: moved outside of products."""
+    GPU what does not pass while it computes. flops: floating-point operations of all products, those done again
+    included. bytes: moved outside of products."""
 
     forward: float
     backward: float
@@ -97,10 +98,9 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
         "loss": spent(parts.loss, step, device) * step.micro_batches,
         "optimizer": spent(update, step, elsewhere(step, device)),
     }
-    work = total(
-        [*[parts.forward, parts.loss] * step.micro_batches, *[parts.backward, parts.again] * step.micro_batches * walks]
-    )
-    work.update(update)
+    work, times = Counter(update), step.micro_batches
+    for part, again in ((parts.forward, 1), (parts.loss, 1), (parts.backward, walks), (parts.again, walks)):
+        work.update({kind: units * again * times for kind, units in part.items()})
     calls = work["calls"] * cost("calls", step, device)
     return Time(
         **seconds,
@@ -114,12 +114,11 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
 def flops(model: c.Model, step: Step) -> float:
     """Floating-point operations of the matrix products that a step cannot do without, as utilisation (MFU) counts
     them: about 6 a token and weight where all learn, 4 where all but an adapter is frozen, and attention to the tokens
-    that may be seen alone. Nothing is counted for rounding, computing again, or the optimizer."""
+    that may be seen alone, once forward and twice backward. Nothing is counted for rounding, computing again or the
+    optimizer."""
     bare = replace(step, device="cuda", compute="bf16", blocks=0, feeds=0)
     work = micro_batch(without_masks(model), bare).all
-    return step.micro_batches * (
-        sum(work[kind] for kind in ("linear", "batched", "flash")) + work["flash backward"] * 2 / 2.5
-    )
+    return step.micro_batches * (sum(work[kind] for kind in PRODUCTS) - work["flash backward"] * 0.5 / 2.5)
 
 
 def without_masks(model: c.Model) -> c.Model:
