@@ -27,12 +27,12 @@ ROUNDS = 2  # over the shapes of linear maps, as a machine is not always equally
 STREAM = 2**23  # numbers of a pass that no cache holds
 # T rows of x, I inputs and O outputs of linear maps, as models of all sizes have them.
 LINEAR = ((64, 256, 1024), (128, 1024, 256), (256, 128, 512), (256, 768, 768), (1024, 256, 256), (1024, 512, 2048),
-          (1024, 128, 512), (2048, 768, 768), (2048, 384, 1536), (256, 512, 8192))  # fmt: skip
+          (1024, 128, 512), (2048, 768, 768), (2048, 384, 1536), (1024, 128, 16384))  # fmt: skip
 # Matrices, queries and keys of each, size of a head.
 BATCHED = ((256, 32, 32), (128, 128, 32), (128, 128, 64), (32, 256, 64), (8, 512, 64))
 FLASH = (8, 1024, 64)  # heads, tokens, size of a head
-ROWS, CHANNELS, KEYS = 2048, 512, 128  # of what is activated, normed and dropped; of a row of softmax
-WORDS = (64, 16384)  # rows and words of a softmax over a vocabulary: 4 MiB in fp32
+ROWS, CHANNELS, KEYS = 8192, 512, 128  # of what is activated, normed and dropped; of a row of softmax
+WORDS, TILE = (1024, 16384), 128  # rows and words of a softmax over a vocabulary, and rows at a time
 WEIGHTS, TENSORS = 2**19, 16  # numbers of a tensor, tensors that an optimizer steps
 
 
@@ -186,7 +186,7 @@ class Probe:
         """Seconds of a byte in passes as models have them: a sum, a cast, heads and tokens that change places."""
         import torch
 
-        x, y = (self.random(STREAM // 4, dtype=torch.float32) for _ in range(2))
+        x, y = (self.random(STREAM, dtype=torch.float32) for _ in range(2))
         heads, size = x.view(16, -1, 8, 64), x.numel()
         passes: list[tuple[Callable[[], Any], int]] = [
             (lambda: x + y, 12 * size),
@@ -276,7 +276,8 @@ class Probe:
         logits = self.random(*WORDS, dtype=dtype)
 
         def softmax() -> None:
-            logits.copy_(torch.log_softmax(logits, -1, dtype=torch.float32).exp_())
+            for tile in logits.split(TILE):
+                tile.copy_(torch.log_softmax(tile, -1, dtype=torch.float32).exp_())
 
         return self.seconds(softmax) / logits.numel()
 
