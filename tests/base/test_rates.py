@@ -91,7 +91,11 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_every_kind_is_measured() -> None:
-    code = "from ronna.base import rates; rates.SAMPLE, rates.STREAM = 1e-4, 2**16; rates.main('cpu', 1)"
+    code = (
+        "from ronna.base import rates as r; r.SAMPLE, r.STREAM, r.ROWS = 1e-4, 2**16, 256;"
+        "r.WEIGHTS, r.WORDS = 2**14, (256, 512);"
+        "r.LINEAR = ((64, 64, 64), (256, 64, 128), (128, 256, 64)); r.main('cpu', 1)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = Rates(name="here", **json.loads(done.stdout))
     each = KINDS | BOTH_WAYS | {f"{kind} backward" for kind in BOTH_WAYS}

@@ -164,6 +164,9 @@ def test_a_faster_machine_is_faster() -> None:
     assert took(LLAMA, slow).forward > base.forward
     fast, older = (took(LLAMA, device(name)[1], compute="bf16") for name in ("h200", "a100-80gb"))
     assert fast.total < older.total < took(LLAMA, compute="bf16").total
+    muon = {"optimizer": Optimizer("muon")}
+    without = replace(MACHINE, rates=dict(MACHINE.rates) | {"bf16": 0.0})
+    assert took(**muon).total < took(machine=without, **muon).total  # its products are in bf16 where there is that
     assert fast.flops < base.flops  # attention to what may be seen alone
 
 
@@ -182,4 +185,4 @@ def test_operations_of_muon() -> None:
         p.grad = torch.randn_like(p)
     with FlopCounterMode(display=False) as counter:
         torch.optim.Muon(matrices).step()
-    assert optimizer(model, step)["linear"] == counter.get_total_flops()
+    assert optimizer(model, step)["narrow"] == counter.get_total_flops()

@@ -13,7 +13,7 @@ from ronna.model import config as c
 from ronna.plan.ends import CHUNK_ELEMENTS
 from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
-from ronna.plan.shapes import BYTES, Lengths, Numbers
+from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
 from ronna.plan.stretches import Step, Table, read_positions
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
 from ronna.plan.work import PRODUCTS, Part, Work, embedding, halves, heads, norm, total, vocabulary
@@ -134,6 +134,9 @@ def spent(work: Mapping[str, float], step: Step, device: Device) -> float:
 
 def cost(kind: str, step: Step, device: Device) -> float:
     """Seconds of one unit of a kind of work."""
+    if kind == "narrow":  # muon multiplies in bf16
+        other: Dtype = "bf16" if device.rates["bf16"] else "fp32"
+        return cost("linear", replace(step, compute=other), device)
     for key in (f"{step.compute} {kind}", kind):
         if key in device.costs:
             return device.costs[key]
@@ -234,7 +237,7 @@ def optimizer(model: c.Model, step: Step) -> Counter[str]:
         work.update({kind: w.size, "calls": WALKS[kind][1] * w.times})
         if kind == "muon":
             short, long = sorted((w.rows, w.columns))
-            work.update({"linear": w.times * MUON_STEPS * (4 * short**2 * long + 2 * short**3)})
+            work.update({"narrow": w.times * MUON_STEPS * (4 * short**2 * long + 2 * short**3)})
         if kind == "apollo":
             work.update({"linear": 2 * cfg.rank * w.size})
         if step.lean:

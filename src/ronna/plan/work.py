@@ -16,8 +16,9 @@ from ronna.plan.blocks import WRITTEN_OUT, mask_bytes
 from ronna.plan.layers import MERGED
 from ronna.plan.shapes import Lengths, Numbers, View
 
-# Of these, units are floating-point operations: linear maps; products of many small matrices; attention in one kernel.
-PRODUCTS = ("linear", "batched", "flash", "flash backward")
+# Of these, units are floating-point operations: linear maps; an optimizer's products in bf16; many small matrices;
+# attention in one kernel.
+PRODUCTS = ("linear", "narrow", "batched", "flash", "flash backward")
 FLASH_KEYS = 512  # keys that a CPU's kernel takes at a time: it skips those that stand wholly behind the queries
 
 
