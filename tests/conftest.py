@@ -1,6 +1,8 @@
 """What every test shares: no network, reproducible examples, the way to the real data."""
 
 import os
+import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from hypothesis import settings
 # Set before transformers is imported anywhere: a test that reaches for the network fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What was measured of this machine, and what runs took, is the user's: tests neither read it nor add to it.
+CACHE = tempfile.TemporaryDirectory(prefix="ronna-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("ronna", derandomize=True, database=None, deadline=None, max_examples=50)
 settings.load_profile("ronna")
 
@@ -83,3 +88,24 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_folder(build(cfg, seed=0), family, folder)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Token shards of a little text, one folder per kind of tokenizer."""
+    from ronna.runfile import PrepareRun, TokenizerRun
+    from ronna.text.training import TokenizerConfig
+    from ronna.verbs.prepare import prepare, train_tokenizer_run
+
+    root = tmp_path_factory.mktemp("shards")
+    words = "the cat dog sat ran on under a mat tree and then slept . it was warm cold bright dark !".split()
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(60)]
+    (root / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    made = {}
+    for kind in ("wordpiece", "bpe", "unigram"):
+        config = TokenizerConfig(kind=kind, vocab=400)
+        train_tokenizer_run(TokenizerRun(out=f"{root}/{kind}", input=(f"{root}/text.txt",), tokenizer=config))
+        prepare(PrepareRun(out=f"{root}/{kind}-shards", input=(f"{root}/text.txt",), tokenizer=f"{root}/{kind}"))
+        made[kind] = root / f"{kind}-shards" / "train"
+    return made

@@ -18,31 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from ronna.base.errors import RonnaError
 from ronna.run import Interrupted, Training, prepare_run
-from ronna.runfile import FinetuneRun, PrepareRun, PretrainRun, TokenizerRun
-from ronna.text.training import TokenizerConfig
+from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.train import portions, shelf
 from ronna.verbs.evaluate import load
-from ronna.verbs.prepare import prepare, train_tokenizer_run
 
 STEPS = 6
 MODELS = {"mlm": ("bert-tiny", "wordpiece"), "clm": ("gpt2-tiny", "bpe"), "denoise": ("t5-tiny", "unigram")}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> dict[str, Path]:
-    """Token shards of a little text, one folder per kind of tokenizer."""
-    root = tmp_path_factory.mktemp("shards")
-    words = "the cat dog sat ran on under a mat tree and then slept . it was warm cold bright dark !".split()
-    rng = random.Random(0)
-    lines = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(60)]
-    (root / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    made = {}
-    for kind in ("wordpiece", "bpe", "unigram"):
-        config = TokenizerConfig(kind=kind, vocab=400)
-        train_tokenizer_run(TokenizerRun(out=f"{root}/{kind}", input=(f"{root}/text.txt",), tokenizer=config))
-        prepare(PrepareRun(out=f"{root}/{kind}-shards", input=(f"{root}/text.txt",), tokenizer=f"{root}/{kind}"))
-        made[kind] = root / f"{kind}-shards" / "train"
-    return made
 
 
 def settings(objective: str, shards: dict[str, Path], out: Path, **train: Any) -> PretrainRun:

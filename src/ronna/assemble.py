@@ -19,7 +19,7 @@ from ronna.base.track import say, say_marked
 from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
 from ronna.labelled import read_splits, resolve_splits
-from ronna.model.config import Classifier, Model
+from ronna.model.config import Model
 from ronna.model.families import PRESETS, Family, preset, read_config, read_config_json, with_dropout
 from ronna.model.folder import load_folder
 from ronna.model.fourbit import held_in, import_bitsandbytes
@@ -27,14 +27,12 @@ from ronna.model.init import build
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Objective, Totals, collate
-from ronna.objectives.clm import CausalLM, CLMConfig
-from ronna.objectives.denoise import Denoise
 from ronna.objectives.documents import PackedDocuments
-from ronna.objectives.mlm import MaskedLM, MLMConfig, Vocabulary
 from ronna.objectives.penalty import Penalised
+from ronna.packed import Packed, read_packed, refuse_settings
 from ronna.peft.adalora import AdaLoraConfig, orthogonality, triplets_of
 from ronna.peft.methods import NAME, PeftConfig, adapt, longest_text, trained
-from ronna.runfile import FinetuneRun, ModelConfig, PretrainRun, StartConfig
+from ronna.runfile import FinetuneRun, PretrainRun, StartConfig
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
 from ronna.tasks.table import TASKS
@@ -72,44 +70,20 @@ class Parts:
 # Pre-training
 
 
-def assemble_pretrain(run: PretrainRun) -> Parts:
-    if run.train.batch_tokens is not None:
-        fix = "leave it out: batch rows of length tokens are a step"
-        raise RonnaError("rows of pre-training are of one length", where="train.batch_tokens", fix=fix)
-    shards = Shards(Path(run.data.train))
-    shards.verify()  # a flipped bit in the data is as bad as one in a checkpoint, and cheaper to find now
-    tokenizer = shards_tokenizer(shards, run.data.train)
-    objective = build_objective(run, tokenizer, shards)
-    family, model = pretrain_model(run, tokenizer)
-    data = PackedDocuments(shards, run.train.length, objective.overhead)
-    limit = model.cfg.max_length
-    if limit is not None and run.train.length > limit:
-        raise RonnaError(
-            f"rows of {run.train.length} tokens are longer than the {limit} positions of {run.model.name}",
-            where="train.length",
-            fix=f"at most {limit}",
-        )
+def assemble_pretrain(run: PretrainRun, packed: Packed | None = None) -> Parts:
+    """A model on `packed` rows, which are read where they are not given."""
+    packed = read_packed(run) if packed is None else packed
+    shards, tokenizer, objective = packed.shards, packed.tokenizer, packed.objective
+    model = pretrain_model(run, packed)
     hashes = {"data": hash_files([Path(run.data.train) / "manifest.json"]), "tokenizer": tokenizer.hash}
-    account = {"documents": len(shards), "tokens": int(shards.lengths.sum()), "packing": data.packing.fill}
-    parts = Parts(model, family, tokenizer, objective, data, None, hashes, account)
+    account = {"documents": len(shards), "tokens": int(shards.lengths.sum()), "packing": packed.rows.packing.fill}
+    parts = Parts(model, packed.family, tokenizer, objective, packed.rows, None, hashes, account)
     folder = validation_folder(run)
     if folder is not None:
         validation = Shards(folder, expect_tokenizer=tokenizer.hash)
         held = PackedDocuments(validation, run.train.length, objective.overhead)
         parts.evaluate = loss_on(parts, held, run)
     return parts
-
-
-def shards_tokenizer(shards: Shards, folder: str) -> Tokenizer:
-    """The tokenizer that `prepare` laid beside the shards, which must be the one they were made with."""
-    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-    if tokenizer.hash != shards.manifest.identity.tokenizer_hash:
-        raise RonnaError(
-            "the tokenizer beside these shards is not the one they were made with",
-            where=f"{folder}/tokenizer",
-            fix="put it back, or run `ronna prepare` again",
-        )
-    return tokenizer
 
 
 def validation_folder(run: PretrainRun) -> Path | None:
@@ -120,57 +94,15 @@ def validation_folder(run: PretrainRun) -> Path | None:
     return beside if train.name == "train" and beside.is_dir() else None
 
 
-def pretrain_model(run: PretrainRun, tokenizer: Tokenizer) -> tuple[Family, Transformer]:
-    nsp = isinstance(run.objective, MLMConfig) and run.objective.nsp
-    pooler = Classifier(2, "first", "tanh") if nsp else None
-    folder = local_folder(run.model.name)
-    if folder.is_dir() and not run.model.scratch:
-        refuse_settings(run.model)
-        loaded = load_folder(folder, head=True, classifier=pooler, seed=run.seed, dropout=run.model.dropout)
-        for note in loaded.notes:
-            say(note)
-        family, model = loaded.family, loaded.model
-    else:
-        family, cfg = architecture(run.model, folder, tokenizer)
-        model = new_model(family, replace(cfg, classifier=pooler), run)
-    if model.cfg.embedding.vocab < tokenizer.vocab_size:
-        raise RonnaError(
-            f"the model has {model.cfg.embedding.vocab} token embeddings, the tokenizer {tokenizer.vocab_size} tokens",
-            where=run.model.name,
-            fix="use the model's own tokenizer, or start from a preset",
-        )
-    return family, model
-
-
-def build_objective(run: PretrainRun, tokenizer: Tokenizer, shards: Shards) -> MaskedLM | CausalLM | Denoise:
-    def need(role: str, found: int | None) -> int:
-        if found is None:
-            kinds = {"cls": "wordpiece", "sep": "wordpiece", "mask": "wordpiece"}
-            raise RonnaError(
-                f"objective {run.objective.kind} needs a {role} token, which this tokenizer lacks",
-                where=f"{run.data.train}/tokenizer",
-                fix=f"train one: ronna tokenizer train --kind {kinds.get(role, 'bpe')}",
-            )
-        return found
-
-    if isinstance(run.objective, MLMConfig):
-        vocabulary = Vocabulary(
-            size=tokenizer.vocab_size,
-            cls=need("cls", tokenizer.cls_id),
-            sep=need("sep", tokenizer.sep_id),
-            mask=need("mask", tokenizer.mask_id),
-            special=tokenizer.is_special,
-            continues_word=tokenizer.continues_word,
-            ends_sentence=tokenizer.ends_sentence,
-        )
-        return MaskedLM(run.objective, vocabulary, shards)
-    eos = need("eos", tokenizer.eos_id)
-    if isinstance(run.objective, CLMConfig):
-        return CausalLM(eos if tokenizer.bos_id is None else tokenizer.bos_id, eos)
-    sentinels = tuple(tokenizer.sentinel_ids.tolist())
-    if not sentinels:
-        need("sentinel (<extra_id_0>)", None)
-    return Denoise(run.objective, sentinels, need("pad", tokenizer.pad_id), eos)
+def pretrain_model(run: PretrainRun, packed: Packed) -> Transformer:
+    if not packed.loads:
+        return new_model(packed.family, packed.cfg, run)
+    loaded = load_folder(
+        packed.folder, head=True, classifier=packed.cfg.classifier, seed=run.seed, dropout=run.model.dropout
+    )
+    for note in loaded.notes:
+        say(note)
+    return loaded.model
 
 
 def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[Stop], Evaluation | None]:
@@ -195,20 +127,6 @@ def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[
 
 
 # Models
-
-
-def architecture(config: ModelConfig, folder: Path, tokenizer: Tokenizer) -> tuple[Family, Model]:
-    """The shape of a folder, or of a preset with the tokenizer's vocabulary."""
-    if folder.is_dir():
-        refuse_settings(config)
-        return read_config(folder)
-    return preset(config.name, vocab_size=tokenizer.vocab_size, **config.settings)
-
-
-def refuse_settings(config: ModelConfig) -> None:
-    if config.settings:
-        fix = "leave them out, or start from a preset"
-        raise RonnaError("a folder's shape is its own", where="model.settings", fix=fix)
 
 
 def new_model(family: Family, cfg: Model, run: PretrainRun | FinetuneRun) -> Transformer:
@@ -286,7 +204,7 @@ def assemble_finetune(run: FinetuneRun, data: Labelled | None = None) -> Parts:
     """A model with the task's head on `data`, which is read where it is not given."""
     data = read_labelled(run) if data is None else data
     task, examples = data.task, data.examples
-    model = finetune_model(run, data.folder, data.family, data.cfg, task)
+    model = finetune_model(run, data)
     parts = Parts(
         model, data.family, data.tokenizer, task, examples["train"], data.lengths, dict(data.hashes), data.account
     )
@@ -358,14 +276,20 @@ def starting_point(config: StartConfig, folder: Path) -> tuple[Family, Model, To
     return *preset(config.name, vocab_size=tokenizer.vocab_size, **config.settings), tokenizer
 
 
-def finetune_model(run: FinetuneRun, folder: Path, family: Family, cfg: Model, task: Task) -> Transformer:
+def finetune_shape(data: Labelled) -> Model:
+    """With the task's head."""
+    head = data.cfg.head if data.task.writes else None
+    return replace(data.cfg, head=head, classifier=data.task.classifier(data.family, data.cfg))
+
+
+def finetune_model(run: FinetuneRun, data: Labelled) -> Transformer:
     """The folder's model with the task's head, or the same architecture with new weights."""
-    head, classifier = cfg.head if task.writes else None, task.classifier(family, cfg)
+    cfg, folder = finetune_shape(data), data.folder
     if run.model.scratch or not folder.is_dir():
-        return new_model(family, replace(cfg, head=head, classifier=classifier), run)
+        return new_model(data.family, cfg, run)
     dropout, quantize = run.model.dropout, run.model.quantize
     loaded = load_folder(
-        folder, head=task.writes, classifier=classifier, seed=run.seed, dropout=dropout, quantize=quantize
+        folder, head=data.task.writes, classifier=cfg.classifier, seed=run.seed, dropout=dropout, quantize=quantize
     )
     for note in (*loaded.notes, held_in(loaded.model)):
         if note is not None:

@@ -26,7 +26,7 @@ class Flag(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """`config` and `run` are named, not imported; `file` says whether the verb takes a run file."""
+    """`config` (of `ronna.runfile`) and `run` are named, not imported; `file`: whether the verb takes a run file."""
 
     help: str
     config: str
@@ -47,6 +47,7 @@ TRAINING = (
     Flag("--micro-batch", "train.micro_batch", "as many of them at a time", NUMBER),
     Flag("--length", "train.length", "tokens of a row or, fine-tuning, the most of a sequence", NUMBER),
     Flag("--precision", "train.precision", "auto, fp32, bf16"),
+    Flag("--memory", "train.memory", "the most to hold, 6GiB: the planner chooses what saves memory"),
     Flag("--tensorboard", "track.tensorboard", "also log to TensorBoard", "flag"),
 )
 COLUMNS = (
@@ -54,6 +55,30 @@ COLUMNS = (
     Flag("--text-pair", "text_pair", "column of the second text"),
 )
 VERBS: dict[str, Verb] = {
+    "plan": Verb(
+        "what fits, how long it takes, and which is the largest model that does",
+        "ronna.asked:PlanRun", "ronna.verbs.plan:plan",
+        (Flag("--model", "model", "preset, model folder or run file"),
+         Flag("--hardware", "hardware", "auto (this machine), cpu, gpu, or a card: h200, 4xa100-80gb"),
+         Flag("--memory", "memory", "the most to use of each device: 24GiB"),
+         Flag("--task", "task", "mlm, clm, denoise, or a task of finetune"),
+         Flag("--peft", "peft", "train an adapter alone: lora, adalora, houlsby, bitfit, prompt, prefix"),
+         Flag("--rank", "rank", "of the adapter", NUMBER),
+         Flag("--quantize", "quantize", "hold the weights under the adapter in 4 bits: nf4, nf4_double"),
+         Flag("--batch", "batch", "sequences or packed rows a step (default 32)", NUMBER),
+         Flag("--length", "length", "tokens of each (default 512)", NUMBER),
+         Flag("--vocab", "vocab", "tokens of a preset's vocabulary", NUMBER),
+         Flag("--optim", "optim", "adamw, adam, sgd, muon, adafactor, adamw8bit, apollo"),
+         Flag("--precision", "precision", "auto, fp32, bf16"),
+         Flag("--tokens", "tokens", "to train on: how long does it take?", NUMBER),
+         Flag("--hours", "hours", "to train for: how many tokens, and with --largest, which size?", NUMBER),
+         Flag("--price", "price", "of an hour of a device", NUMBER),
+         Flag("--largest", "largest", "the largest model of the preset's family that fits", "flag"),
+         Flag("--exact", "exact", "only ways that change nothing but rounding", "flag"),
+         Flag("--probe", "probe", "measure this machine first", "flag"),
+         Flag("--write", "write", "a run file to write, with --data and --out"),
+         Flag("--data", "data", "what it is to train on"), OUT), file=False,
+    ),
     "data inspect": Verb(
         "what a data file is: format, fields, lengths, labels, bad rows, leaks between splits",
         "InspectRun", "ronna.verbs.inspect:inspect",
@@ -187,7 +212,8 @@ def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
         if name in flags and value is not None
     ]
     tree = apply_sets(tree, sets + arguments.set)
-    config = getattr(importlib.import_module("ronna.runfile"), verb.config)
+    module, _, name = verb.config.rpartition(":")
+    config = getattr(importlib.import_module(module or "ronna.runfile"), name)
     return build(config, tree, where=file or "the command line")
 
 

@@ -16,21 +16,18 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ronna.assemble import Labelled, Parts, assemble_finetune, assemble_pretrain
+from ronna.assemble import Labelled, Parts, assemble_finetune, assemble_pretrain, read_labelled
 from ronna.base.config import dump_toml
-from ronna.base.device import (
-    choose_device,
-    choose_precision,
-    peak_resident_bytes,
-    seed_for,
-)
+from ronna.base.device import choose_device, choose_precision, peak_bytes, seed_for
 from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
+from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
 from ronna.model.init import hold
 from ronna.model.recompute import recompute_blocks
+from ronna.packed import Packed, read_packed
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
@@ -59,7 +56,7 @@ FREE = {
     "device": True,
     "track": True,
     "search": True,
-    "train": {"log_every", "keep", "save_every", "recompute"},
+    "train": {"log_every", "keep", "save_every", "recompute", "memory"},
 }
 
 
@@ -72,8 +69,20 @@ def identity(run: AnyRun) -> str:
 class Training:
     """One run, ready to start or to go on: `prepare_run` makes it, `execute` runs it."""
 
-    def __init__(self, run: AnyRun, parts: Parts, device: torch.device, resume: bool, heap: Heap | None = None):
+    def __init__(
+        self,
+        run: AnyRun,
+        parts: Parts,
+        device: torch.device,
+        resume: bool,
+        heap: Heap | None = None,
+        fit: Fit | None = None,
+        data: Labelled | Packed | None = None,
+    ):
+        """fit: what it is expected to take, where anybody could tell. data: what it was assembled from."""
         self.run, self.parts, self.device, self.resume, self.heap = run, parts, device, resume, heap
+        self.fit, self.data = fit, data
+        self.progress: Progress | None = None
         self.out, self.store = Path(run.out), Store(parts)
         self.shelf = Shelf(self.out) if run.train.offload and device.type == "cpu" else None
         config = run.train
@@ -128,7 +137,8 @@ class Training:
             total_steps=self.total_steps,
         )
         root = self.out / "checkpoints"
-        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, background=not self.lean)
+        room = not self.lean and run.train.memory is None  # for a copy
+        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, background=room)
         with tracker, keeper as saver:
             if self.resume:
                 tracker.resume(progress.step + 1)
@@ -148,9 +158,12 @@ class Training:
                 self.keep_best if isinstance(run, FinetuneRun) else None, give_up, saved_step=progress.step,
                 away=away(self.shelf) if "activations" in run.train.offload else None, update=update,
             )  # fmt: skip
+            self.progress = loop.progress
             loop.hooks += [hook for hook in (self.heap, self.allocator) if hook is not None]
             if self.allocator is not None:
                 loop.hooks.append(partial(self.forget_larger, loop.progress))
+            if self.fit is not None:
+                loop.hooks.append(partial(self.fit.watch, self.device))
             if progress.step == 0:
                 peak = float(optimizers[0].param_groups[0]["initial_lr"])
                 first = partial(lr_scale, run.schedule, 0, self.total_steps)
@@ -231,13 +244,18 @@ class Training:
             else {"task": self.run.task.kind}
         )
         last = {k: v for k, v in progress.history[-1].items() if k != "step"} if progress.history else {}
+        peak = peak_bytes(self.device)
         report = build_report(
             title=f"{self.run.verb}: {self.run.model.name}",
             **kinds,
             test=scores.get("test"),
             validation=scores.get("validation", last),
             train=training_account(progress),
-            memory={"peak_bytes": peak_resident_bytes(), "planned_bytes": None, "held": held_in(self.parts.model)},
+            memory={
+                "peak_bytes": peak,
+                "planned_bytes": None if self.fit is None else self.fit.planned,
+                "held": held_in(self.parts.model),
+            },
             data=self.parts.account,
             config_hash=self.hashes["config"],
             evaluations=progress.history,
@@ -245,6 +263,8 @@ class Training:
             **more,
         )
         write_report(self.out, report)
+        if self.fit is not None and progress.step:
+            self.fit.remember(self.device, peak, progress.seconds / progress.step)
         return report.model_dump(mode="json")
 
 
@@ -274,18 +294,27 @@ def refuse_lean(run: AnyRun) -> None:
         raise RonnaError(what, where="train.fused_backward", fix="leave out train.micro_batch, or fused_backward")
 
 
-def prepare_run(run: AnyRun, *, resume: bool = False, data: Labelled | None = None) -> Training:
-    """Everything of a run but the running: data read, unless it is given; model built, on the device, in the chosen
-    precision."""
+def prepare_run(
+    run: AnyRun, *, resume: bool = False, data: Labelled | Packed | None = None, fit: Fit | None = None
+) -> Training:
+    """Everything of a run but the running: data read and the run planned, unless they are given; model built, on the
+    device, in the chosen precision."""
     out = Path(run.out)
     if (out / "metrics.jsonl").exists() and not resume:
         raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
+    if settled := resume and (out / "run.toml").exists():
+        run = as_planned(run, out)
     refuse_lean(run)
     torch.manual_seed(seed_for(run.seed))
     device = choose_device(run.device)
     heap = Heap() if device.type == "cpu" else None
     dtype, reason = choose_precision(run.train.precision, device)
-    parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run, data)
+    if data is None:
+        data = read_packed(run) if isinstance(run, PretrainRun) else read_labelled(run)
+    if fit is None:
+        fit = fitted(run, data, device, dtype, settled=settled)
+    run = run if fit is None else fit.run
+    parts = assemble(run, data)
     parts.model.compute = dtype
     if run.train.weights == "bf16":
         hold(parts.model, torch.bfloat16)
@@ -297,14 +326,40 @@ def prepare_run(run: AnyRun, *, resume: bool = False, data: Labelled | None = No
         freeze_to(parts.model, dtype)
     cfg = parts.model.cfg
     say(f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})")
-    return Training(run, parts, device, resume, heap)
+    return Training(run, parts, device, resume, heap, fit, data)
+
+
+def assemble(run: AnyRun, data: Labelled | Packed) -> Parts:
+    if isinstance(run, PretrainRun):
+        assert isinstance(data, Packed)
+        return assemble_pretrain(run, data)
+    assert isinstance(data, Labelled)
+    return assemble_finetune(run, data)
 
 
 def execute(run: AnyRun, *, resume: bool = False) -> dict[str, Any]:
+    """A run to its end, by the next plan where one proves too large for the memory there is; returns the report."""
     began = time.perf_counter()
-    report = prepare_run(run, resume=resume).execute()
+    training = prepare_run(run, resume=resume)
+    while (report := attempted(training)) is None:
+        fit, data, training = training.fit, training.data, None  # type: ignore[assignment]  # before the next is there
+        assert fit is not None
+        (Path(run.out) / "metrics.jsonl").unlink(missing_ok=True)
+        training = prepare_run(run, data=data, fit=again(fit))
     say(f"done in {time.perf_counter() - began:,.0f} s: {Path(run.out) / 'report.html'}")
     return report
+
+
+def attempted(training: Training) -> dict[str, Any] | None:
+    """The report; None where the first steps took too much memory, which the run's `fit` then knows."""
+    try:
+        return training.execute()
+    except (Outgrown, RuntimeError, MemoryError) as error:
+        early = training.progress is None or training.progress.step <= WATCHED
+        if training.fit is None or not early or not (isinstance(error, Outgrown) or out_of_memory(error)):
+            raise
+        training.fit.outgrown(error.measured if isinstance(error, Outgrown) else None)
+    return None
 
 
 __all__ = ["Interrupted", "Training", "execute", "identity", "prepare_run"]

@@ -149,6 +149,11 @@ def test_kept_for_the_backward_pass(name: str, dropout: float, compute: Any) -> 
         ("llama-tiny", [600, 530], {"max_position_embeddings": 700}),  # the flash kernel
         ("llama-tiny", [40] * 3, {"num_key_value_heads": 2}),
         ("qwen3-0.6b", [40] * 2, {"hidden_size": 64, "num_hidden_layers": 1}),
+        (
+            "llama-tiny",
+            [40] * 2,
+            {"hidden_size": 1536, "num_attention_heads": 4, "num_hidden_layers": 1},
+        ),  # large weights
         ("modernbert-tiny", [300, 290, 40], {}),  # a window
         ("bert-tiny", [40], {}),  # one row
         ("bert-tiny", [9, 8], {}),  # too few to join the weights

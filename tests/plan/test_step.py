@@ -184,7 +184,7 @@ def test_limits_are_those_of_the_model() -> None:
     assert blocks.WRITTEN_OUT == attention.WRITTEN_OUT
     assert (ends.CHUNK_ELEMENTS, ends.TILE_ELEMENTS) == (loss.CHUNK_ELEMENTS, loss.TILE_ELEMENTS)
     assert stretches.WORTHWHILE == rows.WORTHWHILE
-    assert layers.MERGED in merged.__code__.co_consts
+    assert {layers.MERGED, layers.TOGETHER} <= set(merged.__code__.co_consts)
 
 
 def test_a_hole_is_not_filled_by_its_like() -> None:

@@ -33,6 +33,23 @@ class Hardware:
     has_compiler: bool  # a C++ compiler on PATH, which torch.compile needs on a CPU
 
 
+@dataclass(frozen=True)
+class Host:
+    """The machine beside any accelerator. flags: of its processor, as Linux tells them. Memory in bytes."""
+
+    name: str
+    cores: int
+    flags: frozenset[str]
+    total: int
+    available: int
+
+
+def host() -> Host:
+    """Without torch."""
+    flags = _proc_value("/proc/cpuinfo", "flags") or _proc_value("/proc/cpuinfo", "Features")
+    return Host(_cpu_name(), _cores(), frozenset(flags.split()), *_host_memory())
+
+
 def describe(device: str = "auto") -> Hardware:
     """The hardware behind `choose_device(device)`. RonnaError when that device is absent."""
     import torch
@@ -115,6 +132,20 @@ def peak_resident_bytes() -> int:
 
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak_rss if sys.platform == "darwin" else peak_rss * 1024
+
+
+def held_bytes(device: "torch.device") -> int:
+    """What a run holds now: this process of the host's memory, or torch of a GPU's, with what it keeps for later."""
+    import torch
+
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
+
+
+def peak_bytes(device: "torch.device") -> int:
+    """The most of it that there was."""
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def _bf16_fast(device: "torch.device") -> bool:

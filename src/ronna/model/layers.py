@@ -47,10 +47,11 @@ def block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear maps of one input as a single matrix product, which small matrices need to be fast.
 
-    Products of few tokens are left apart: joining the weights would cost more than it saves. So are maps that
-    compute in a way of their own.
+    Products of few tokens are left apart: joining the weights would cost more than it saves. So are large weights,
+    which are fast as they are and would be held twice, and maps that compute in a way of their own.
     """
-    if x.shape[0] < 64 or any(type(m).forward is not Linear.forward for m in linears):
+    apart = x.shape[0] < 64 or x.shape[1] * sum(m.out_features for m in linears) > 2**22  # type: ignore[misc]
+    if apart or any(type(m).forward is not Linear.forward for m in linears):
         return tuple(m(x) for m in linears)
     maps = cast(tuple[Linear, ...], linears)
     weight = torch.cat([m.weight.to(x.dtype) for m in maps])

@@ -7,7 +7,7 @@ from ronna.model import config as c
 from ronna.plan.shapes import Numbers
 from ronna.plan.tape import Tape, Value
 
-MERGED = 64  # rows from which maps of one input are one product
+MERGED, TOGETHER = 64, 2**22  # rows from which, and weights up to which, maps of one input are one product
 
 
 def linear(t: Tape, x: Value, rows: int, sides: tuple[int, int], bias: bool, n: Numbers, path: str = "") -> Value:
@@ -45,9 +45,9 @@ def merged(
     t: Tape, x: Value, rows: int, inputs: int, outputs: list[tuple[str, int]], bias: bool, n: Numbers
 ) -> list[Value]:
     """Several maps of one input, by (path, O), as one product of their joined weights."""
-    if rows < MERGED or n.four_bit:
-        return [linear(t, x, rows, (inputs, o), bias, n, path) for path, o in outputs]
     total = sum(o for _, o in outputs)
+    if rows < MERGED or inputs * total > TOGETHER or n.four_bit:
+        return [linear(t, x, rows, (inputs, o), bias, n, path) for path, o in outputs]
     casts = [narrow for _, o in outputs if (narrow := cast(t, inputs * o, n)) is not None]
     joined = t.op(*casts, size=inputs * total * n.compute, needs=bool(casts), cast=True, through=True)
     whole = product(t, x, rows, total, joined, 0 if casts else inputs * total * n.weight, bias, n)

@@ -52,7 +52,9 @@ def estimate(model: c.Model, step: Step) -> Memory:
         workspace=CUDA_WORKSPACE if n.cuda else 0,
         spare=0.0 if n.cuda else SPARE,
     )
-    if step.adapter is not None and width > n.weight:  # what is frozen is built like all the rest, then narrowed
+    if (
+        step.adapter is not None and width > n.weight and not n.cuda
+    ):  # what is frozen is built like all the rest, then narrowed
         walk.begin(model_bytes(model, step) + model.params() * (width - n.weight))
     stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)

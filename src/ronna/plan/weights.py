@@ -38,6 +38,11 @@ class Optimizer:
     momentum: bool = True
     rank: int | None = None
 
+    def directions(self, w: Weight) -> int:
+        """Rank of a matrix's states."""
+        short = min(w.rows, w.columns)
+        return min(self.rank or max(1, short // 4), short)
+
 
 def norm(path: str, cfg: c.Norm | None, dim: int, inside: bool = False) -> Iterator[Weight]:
     if cfg is not None:
@@ -152,8 +157,7 @@ def state(optimizer: Optimizer, w: Weight, width: int) -> int:
         case "adamw8bit":
             return 2 * w.size + w.size // 32
         case "apollo" if w.columns:
-            short = min(w.rows, w.columns)
-            return 2 * min(optimizer.rank or max(1, short // 4), short) * max(w.rows, w.columns) * w.times * width
+            return 2 * optimizer.directions(w) * max(w.rows, w.columns) * w.times * width
     return 2 * w.size * width
 
 

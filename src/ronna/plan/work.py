@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ronna.model import config as c
 from ronna.plan.blocks import WRITTEN_OUT, mask_bytes
-from ronna.plan.layers import MERGED
+from ronna.plan.layers import MERGED, TOGETHER
 from ronna.plan.shapes import Lengths, Numbers, View
 
 # Of these, units are floating-point operations: linear maps; an optimizer's products in bf16; many small matrices;
@@ -105,7 +105,7 @@ def merged(
     w: Work, rows: int, inputs: int, outputs: list[tuple[str, int]], bias: bool, n: Numbers, needs: bool
 ) -> None:
     """Several maps of one input, as one product of joined weights where there are rows enough."""
-    if rows < MERGED or n.four_bit:
+    if rows < MERGED or inputs * sum(o for _, o in outputs) > TOGETHER or n.four_bit:
         for path, o in outputs:
             linear(w, rows, (inputs, o), bias, n, path, needs)
         return

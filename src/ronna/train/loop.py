@@ -44,6 +44,7 @@ class TrainConfig(Config):
     weights: Literal["fp32", "bf16"] = "fp32"  # what matrices are held in; bf16 is rounded by chance (`portions`)
     fused_backward: bool = False  # step each parameter inside the backward pass, and free its gradient at once
     offload: Offload = ()  # to the host's memory, or of a CPU run to disk
+    memory: str | None = None  # "6GiB": the most to hold; the planner then chooses what above and below saves memory
     clip: float = Field(1.0, ge=0)  # the most that the norm of the gradient may be; 0: anything
     log_every: int | None = Field(None, ge=1)  # None: fifty times in the run
     evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run

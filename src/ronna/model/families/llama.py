@@ -227,6 +227,9 @@ PRESETS = {
     "llama-160m": llama(12, 768, 3072, 12, max_position_embeddings=2048),
     "llama-350m": llama(24, 1024, 2736, 16, max_position_embeddings=1024),
     "llama-1b": llama(24, 2048, 5461, 32, max_position_embeddings=1024),
+    "llama-2-7b": llama(32, 4096, 11008, 32, vocab_size=32000, max_position_embeddings=4096),
+    "llama-2-13b": llama(40, 5120, 13824, 40, vocab_size=32000, max_position_embeddings=4096),
+    "llama-3-70b": llama(80, 8192, 28672, 64, **LLAMA3, max_position_embeddings=8192),
     "llama-3-8b": llama(32, 4096, 14336, 32, **LLAMA3, max_position_embeddings=8192),
     "llama-3.2-1b": llama(
         16,
@@ -239,6 +242,7 @@ PRESETS = {
         tie_word_embeddings=True,
     ),
     "qwen2.5-0.5b": llama(24, 896, 4864, 14, num_key_value_heads=2, tie_word_embeddings=True) | QWEN2,
+    "qwen2.5-7b": llama(28, 3584, 18944, 28, num_key_value_heads=4, vocab_size=152064) | QWEN2,
     "qwen3-0.6b": llama(28, 1024, 3072, 16, tie_word_embeddings=True) | QWEN3,
     "qwen3-8b": llama(36, 4096, 12288, 32) | QWEN3,
 }

@@ -1,0 +1,219 @@
+"""`ronna plan`: what fits, how long it takes, and which is the largest model that does.
+
+Closed forms, from the model's shape alone: no torch and no data, unless it is about a run file or `--probe`
+measures.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ronna.asked import Asked, PlanRun, asked, has_gpu, published, this_machine
+from ronna.base.config import Tree, dump_toml
+from ronna.base.errors import RonnaError
+from ronna.base.track import say
+from ronna.model import config as c
+from ronna.model.families import PRESETS, preset
+from ronna.plan.hardware import CARDS, Device, device, parse_bytes
+from ronna.plan.scaling import expected_loss, largest, proportions
+from ronna.plan.search import Plan, Work, search, some_way_fits
+from ronna.plan.shapes import Dtype
+from ronna.plan.time import step_time
+from ronna.verbs.answer import Answer, gib, show
+
+if TYPE_CHECKING:
+    from ronna.planned import AnyRun
+
+SHARE = 0.98  # of the memory that may be planned with
+SIZES = 40  # to compare where time decides
+OF_A_RUN = {"model", "hardware", "memory", "precision", "exact", "probe", "price", "tokens", "hours", "write", "verb"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a question is about, on which devices. settings: of a preset, where it is not as published."""
+
+    question: PlanRun
+    devices: int
+    device: Device
+    compute: Dtype
+    settings: Tree = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a run may grow by."""
+        return int(self.device.memory * SHARE) - self.device.taken
+
+    def seconds(self, work: Work) -> float:
+        return step_time(work.model, work.step, self.device).total
+
+
+def plan(question: PlanRun) -> dict[str, Any]:
+    """Raises RonnaError where the question makes no sense or nothing fits."""
+    devices, where = hardware(question)
+    subject = Subject(question, devices, where, precision(question, where))
+    if subject.room <= 0:
+        what = f"{gib(where.memory)} is less than a process takes before it has a model, {gib(where.taken)}"
+        raise RonnaError(what, where="memory", fix="give more memory")
+    run: AnyRun | None = None
+    if question.model.endswith(".toml"):
+        answer, run = of_run(subject)
+    else:
+        answer = of_largest(subject) if question.largest else of_named(subject)
+    show(answer, question)
+    best = answer.chosen
+    if best is None:
+        lacking = answer.plans[0]
+        what = f"nothing fits: the leanest way ({lacking.name}) lacks {gib(lacking.missing)} of {gib(where.memory)}"
+        raise RonnaError(what, where=answer.title, fix=advice(question))
+    if question.write is not None:
+        write(question, subject if run is None else run, answer, best)
+    return answer.as_json()
+
+
+def advice(question: PlanRun) -> str:
+    ways = ["a smaller --batch or --length"]
+    if question.peft is None:
+        ways.insert(0, "an adapter (--peft lora)")
+    elif question.quantize is None:
+        ways.insert(0, "weights in 4 bits (--quantize nf4)")
+    return f"try {', '.join(ways)}, more memory, or ask for the largest model that fits (--largest)"
+
+
+# The hardware
+
+
+def hardware(question: PlanRun) -> tuple[int, Device]:
+    """How many devices, and one of them with no more memory than may be used."""
+    limit = None if question.memory is None else parse_bytes(question.memory)
+    name = question.hardware.strip().lower()
+    if name in ("auto", "cpu"):
+        number, found = 1, this_machine("cuda" if name == "auto" and has_gpu() else "cpu", question.probe)
+    elif name == "gpu":
+        if limit is None:
+            raise RonnaError("which one?", where="hardware gpu", fix="say how much memory it has: --memory 24GiB")
+        near = min(CARDS, key=lambda card: abs(card.memory - limit))
+        number, found = 1, replace(near, name=f"a GPU of {gib(limit)}", memory=limit, source=f"times of {near.name}")
+    else:
+        number, found = device(name)
+    return number, found if limit is None else replace(found, memory=min(found.memory, limit))
+
+
+def precision(question: PlanRun, where: Device) -> Dtype:
+    chosen: Dtype = where.precision() if question.precision == "auto" else question.precision
+    if not where.rates[chosen]:
+        fix = f"use {'fp32' if chosen == 'bf16' else 'bf16'}"
+        raise RonnaError(f"{where.name} does not compute in {chosen}", where="precision", fix=fix)
+    return chosen
+
+
+# The answers
+
+
+def of_named(subject: Subject) -> Answer:
+    question = subject.question
+    family, cfg = published(question, question.model)
+    return answered(subject, question.model, asked(question, family, cfg, subject.device.kind, subject.compute))
+
+
+def of_run(subject: Subject) -> "tuple[Answer, AnyRun]":
+    """Of a run file, as if all its data were as long as it allows."""
+    from ronna.planned import expected, read_run, work_of
+
+    question = subject.question
+    if others := sorted(question.model_fields_set - OF_A_RUN):
+        fix = "change the run file, or leave them out"
+        raise RonnaError(f"the run file says {', '.join(others)} itself", where=question.model, fix=fix)
+    run, family, cfg = read_run(question.model)
+    model, shape = expected(run, family, cfg)
+    work = work_of(run, model, shape, kind=subject.device.kind, compute=subject.compute, exact=question.exact)
+    task = run.task.kind if run.verb == "finetune" else run.objective.kind
+    return answered(subject, question.model, Asked(family, cfg, task, work)), run
+
+
+def answered(subject: Subject, title: str, found: Asked) -> Answer:
+    work = shared(found.work, subject.devices)
+    plans = search(work, subject.room, lambda step: step_time(work.model, step, subject.device).total)
+    return Answer(title, subject.device, subject.devices, subject.room, found, work, plans, subject.settings)
+
+
+def shared(work: Work, devices: int) -> Work:
+    """One device's part of a step: every one holds the model, and takes its share of the batch."""
+    if devices == 1:
+        return work
+    batch = -(-work.batch // devices)
+    return replace(work, batch=batch, step=replace(work.shape(batch).of(work.step), micro_batches=1))
+
+
+def of_largest(subject: Subject) -> Answer:
+    """The largest of the family's sizes that fits in some way or, with `hours`, the one that becomes best in them."""
+    question = subject.question
+    if question.model not in PRESETS:
+        fix = "name a preset of the family, such as llama-130m"
+        raise RonnaError("the largest of which family?", where=f"model {question.model}", fix=fix)
+    family, base = published(question, question.model)
+    sizes = ladder(question, base)
+
+    def ask(i: int) -> Asked:
+        return asked(question, family, sizes[i][1], subject.device.kind, subject.compute)
+
+    most = largest(len(sizes), lambda i: some_way_fits(shared(ask(i).work, subject.devices), subject.room))
+    if most is None:
+        what = f"not even the smallest of the family, {sizes[0][1].params():,} parameters, fits"
+        raise RonnaError(what, where=f"memory {gib(subject.device.memory)}", fix="give more, or a smaller --batch")
+    if question.hours is not None:
+        some = sorted({round(most * i / SIZES) for i in range(SIZES + 1)})
+        most = min(some, key=lambda i: loss_after(subject, ask(i), question.hours or 0.0))
+    return answered(replace(subject, settings=sizes[most][0]), question.model, ask(most))
+
+
+def loss_after(subject: Subject, found: Asked, hours: float) -> float:
+    work = shared(found.work, subject.devices)
+    tokens = work.step.micro_batches * work.step.lengths.total * subject.devices
+    return expected_loss(found.cfg.params(), hours * 3600 * tokens / subject.seconds(work))
+
+
+def ladder(question: PlanRun, base: c.Model) -> list[tuple[Tree, c.Model]]:
+    """Sizes of a preset's family by settings, small to large, heads and feed-forward in its proportions."""
+    block = base.last.blocks[0]
+    attention, hidden = block.attention, block.ffn.hidden / base.dim
+    found = []
+    for width, blocks in proportions(attention.head_dim):
+        heads = width // attention.head_dim
+        settings: Tree = {
+            "hidden_size": width,
+            "num_hidden_layers": blocks,
+            "num_attention_heads": heads,
+            "intermediate_size": round(hidden * width / 8) * 8,
+        }
+        if attention.kv != attention.heads:
+            if heads % (shares := attention.heads // attention.kv):
+                continue
+            settings["num_key_value_heads"] = heads // shares
+        vocab = {} if question.vocab is None else {"vocab_size": question.vocab}
+        found.append((settings, preset(question.model, **settings, **vocab)[1]))
+    return sorted(found, key=lambda size: size[1].params())
+
+
+# The run file
+
+
+def write(question: PlanRun, source: "Subject | AnyRun", answer: Answer, best: Plan) -> None:
+    """A run file that does as the plan says."""
+    from ronna.planned import named_run, with_plan
+
+    assert question.write is not None
+    if answer.devices > 1:
+        fix = "ask for one device, or leave out --write"
+        raise RonnaError("runs on several devices cannot be written yet", where="write", fix=fix)
+    run = named_run(question, answer.asked, source.settings) if isinstance(source, Subject) else source
+    path = Path(question.write)
+    if path.suffix != ".toml":
+        raise RonnaError("not the name of a run file", where=f"write {path}", fix="end it in .toml")
+    planned = with_plan(run, best, answer.work)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_toml(planned), encoding="utf-8")
+    except OSError as error:
+        raise RonnaError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from None
+    say(f"written: ronna {planned.verb} {path}")

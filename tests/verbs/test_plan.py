@@ -1,0 +1,184 @@
+"""`ronna plan`: laptop users' questions, silly ones, and run files that it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ronna.asked import RANKS, PlanRun
+from ronna.base.config import build, read_toml
+from ronna.base.errors import RonnaError
+from ronna.cli import main
+from ronna.peft.adalora import AdaLoraConfig
+from ronna.peft.houlsby import HoulsbyConfig
+from ronna.peft.lora import LoraConfig
+from ronna.plan.hardware import parse_bytes
+from ronna.runfile import FinetuneRun, PretrainRun
+from ronna.verbs.plan import plan
+
+
+def ask(**question: Any) -> dict[str, Any]:
+    return plan(build(PlanRun, question, where="plan()"))
+
+
+def refused(**question: Any) -> str:
+    with pytest.raises(RonnaError) as error:
+        ask(**question)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"model": "llama-3-8b", "peft": "lora", "hardware": "gpu", "memory": "24GB"},
+        {"model": "qwen3-0.6b", "task": "dialogue", "hardware": "gpu", "memory": "8GB"},
+        {"model": "bert-base", "hardware": "cpu", "memory": "16GB", "hours": 10},
+        {"model": "gpt2-xl", "hardware": "h200", "hours": 24},
+        {"model": "t5-base", "hardware": "a10", "task": "seq2seq", "peft": "houlsby"},
+        {"model": "llama-1b", "largest": True, "hours": 48, "hardware": "4xa100-80gb"},
+        {"model": "modernbert-base", "hardware": "gpu", "memory": "6GiB", "task": "tag", "length": 1024},
+        {"model": "llama-3-8b", "peft": "lora", "quantize": "nf4", "hardware": "gpu", "memory": "12GiB"},
+    ],
+    ids=str,
+)
+def test_questions_of_users(question: dict[str, Any]) -> None:
+    answer = ask(**question)
+    best = answer["plans"][0]
+    assert best["fits"]
+    assert 0 < best["peak_bytes"] <= answer["memory_bytes"]
+    assert best["step_seconds"] > 0
+    assert json.loads(json.dumps(answer)) == answer
+
+
+def test_an_answer_takes_no_torch() -> None:
+    code = (
+        "import sys; from ronna.cli import main; main(['plan', '--model', 'gpt2', '--hardware', 'h200']); "
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_hours_and_tokens_are_two_ways_to_say_it(capsys: pytest.CaptureFixture[str]) -> None:
+    rate = ask(model="gpt2", hardware="h200", hours=2.0, price=3.0)["plans"][0]["tokens_per_second"]
+    said = capsys.readouterr().err
+    assert "tokens take 2.0 h" in said.replace("120 min", "2.0 h")
+    assert "6.00 to pay" in said
+    ask(model="gpt2", hardware="h200", tokens=rate * 7200 * 3)
+    assert "6.0 h" in capsys.readouterr().err
+
+
+def test_the_largest_grows_with_memory_and_fits_only_just() -> None:
+    sizes = [
+        ask(model="llama-130m", largest=True, memory=memory, hardware="cpu", batch=4, length=128)
+        for memory in ("1GiB", "2GiB", "4GiB")
+    ]
+    params = [answer["parameters"] for answer in sizes]
+    assert params == sorted(params)
+    assert params[2] > 2 * params[0]
+    for answer, memory in zip(sizes, ("1GiB", "2GiB", "4GiB"), strict=True):
+        peaks = [p["peak_bytes"] for p in answer["plans"] if p["fits"]]
+        assert 0.93 * parse_bytes(memory) < min(peaks) <= parse_bytes(memory)
+
+
+def test_more_hours_make_a_larger_model_best() -> None:
+    hours = [1, 100]
+    small, large = (ask(model="llama-130m", largest=True, hardware="h200", hours=h)["parameters"] for h in hours)
+    assert 3 < large / small < 100  # about the root of it
+
+
+def test_several_devices_share_a_step() -> None:
+    one, four = (ask(model="gpt2", hardware=f"{n}xa100-80gb", batch=64) for n in (1, 4))
+    assert four["plans"][0]["peak_bytes"] < one["plans"][0]["peak_bytes"]
+    assert 2 < four["plans"][0]["tokens_per_second"] / one["plans"][0]["tokens_per_second"] <= 4.1
+
+
+def test_exact_and_optimizers() -> None:
+    question: dict[str, Any] = {"model": "gpt2", "hardware": "gpu", "memory": "5GiB"}
+    assert all(p["exact"] for p in ask(**question, exact=True)["plans"])
+    assert not all(p["exact"] for p in ask(**question)["plans"])
+    held = [ask(**question, optim=kind)["plans"][0]["held"]["optimizer"] for kind in ("adamw", "adafactor")]
+    assert held[1] < 0.1 * held[0]
+
+
+def test_precision_vocabulary_and_rank() -> None:
+    base: dict[str, Any] = {"model": "gpt2", "hardware": "a100-80gb"}
+    fp32, bf16 = (ask(**base, precision=p)["plans"][0] for p in ("fp32", "bf16"))
+    assert fp32["step_seconds"] > bf16["step_seconds"]
+    assert ask(**base, vocab=1000)["parameters"] < ask(**base)["parameters"]
+    low, high = (ask(**base, peft="lora", rank=r)["plans"][0]["held"]["optimizer"] for r in (4, 64))
+    assert high == pytest.approx(16 * low, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ({"model": "gpt2", "hardware": "h2000"}, ["h2000", "h200", "memory"]),
+        ({"model": "gpt2", "hardware": "gpu"}, ["--memory"]),
+        ({"model": "gpt2", "memory": "0GiB"}, ["memory", "above 0"]),
+        ({"model": "gpt2", "memory": "-3GiB"}, ["memory"]),
+        ({"model": "gpt2", "memory": "lots"}, ["lots", "24GiB"]),
+        ({"model": "gpt2", "memory": "100MiB", "hardware": "cpu"}, ["less than a process takes", "more memory"]),
+        ({"model": "llama-3-8b", "memory": "2GiB", "hardware": "cpu"}, ["nothing fits", "lacks", "--peft lora"]),
+        ({"model": "llama-3-8b", "memory": "3GiB", "hardware": "gpu", "peft": "lora"}, ["--quantize nf4"]),
+        ({"model": "gpt3"}, ["gpt3", "gpt2"]),
+        ({"model": "./nowhere"}, ["nowhere", "no such folder"]),
+        ({"model": "gpt2", "hours": -3}, ["hours", "greater than 0"]),
+        ({"model": "gpt2", "task": "mlm"}, ["cannot be trained by mlm", "clm"]),
+        ({"model": "gpt2", "length": 4096}, ["4096", "1024"]),
+        ({"model": "gpt2", "quantize": "nf4"}, ["4 bits", "--peft"]),
+        ({"model": "t5-small", "task": "classify"}, ["no classifier"]),
+        ({"model": "gpt2", "precision": "bf16", "hardware": "t4"}, ["t4", "bf16", "fp32"]),
+        ({"model": "gpt2", "write": "run.toml"}, ["--data"]),
+        ({"model": "gpt2", "write": "run.txt", "data": "d"}, ["run.txt", ".toml"]),
+        ({"model": "gpt2", "write": "r.toml", "data": "d", "hardware": "2xh200"}, ["several devices"]),
+        ({"model": "./x", "largest": True}, ["family"]),
+        ({"model": "nowhere.toml"}, ["nowhere.toml", "cannot be read"]),
+    ],
+    ids=str,
+)
+def test_silly_questions(question: dict[str, Any], words: list[str]) -> None:
+    said = refused(**question)
+    assert "fix:" in said
+    for word in words:
+        assert word in said
+
+
+def test_it_writes_runs_that_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.toml"
+    ask(model="llama-60m", memory="1200MiB", hardware="cpu", data="shards/train", write=str(path), tokens=1e6, out="o")
+    run = build(PretrainRun, read_toml(path), where=str(path))
+    assert (run.out, run.data.train, run.train.tokens, run.train.batch) == ("o", "shards/train", 10**6, 32)
+    assert run.train.micro_batch is not None or run.train.recompute.feeds or run.train.recompute.blocks
+    again = ask(model=str(path), memory="1200MiB", hardware="cpu")
+    assert again["plans"][0]["name"] == "as asked for"
+
+
+def test_a_written_adapter_has_a_base(tiny_bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    ask(model=str(tiny_bert), peft="houlsby", rank=4, data="rows.csv", write=str(path), length=32)
+    run = build(FinetuneRun, read_toml(path), where=str(path))
+    assert run.peft == HoulsbyConfig(size=4)
+    assert "weights to fine-tune" in refused(model="bert-base", peft="lora", data="rows.csv", write=str(path))
+
+
+def test_a_run_file_says_the_rest_itself(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    ask(model="gpt2-tiny", data="shards", write=str(path), hardware="cpu", length=128)
+    assert "batch" in refused(model=str(path), batch=4)
+
+
+def test_ranks_are_those_of_the_methods() -> None:
+    own = {"lora": LoraConfig().rank, "adalora": AdaLoraConfig().rank, "houlsby": HoulsbyConfig().size}
+    assert own == RANKS
+
+
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["plan", "--model", "gpt2", "--hardware", "h200", "--tokens", "1e9", "--json"])
+    out = capsys.readouterr()
+    assert code == 0
+    assert json.loads(out.out)["device"] == "h200"
+    assert "best" in out.err and "tokens take" in out.err
+    assert main(["plan", "--model", "gpt2", "--hours", "-1"]) == 2
