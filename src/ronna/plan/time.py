@@ -239,7 +239,7 @@ def optimizer(model: c.Model, step: Step) -> Counter[str]:
             short, long = sorted((w.rows, w.columns))
             work.update({"narrow": w.times * MUON_STEPS * (4 * short**2 * long + 2 * short**3)})
         if kind == "apollo":
-            work.update({"linear": 2 * cfg.rank * w.size})
+            work.update({"linear": 2 * (cfg.rank or max(1, min(w.rows, w.columns) // 4)) * w.size})
         if step.lean:
             work.update({"bytes": w.size * 12 * (step.numbers.weight != 4), "calls": 20 * w.times})
     return work
