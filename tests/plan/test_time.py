@@ -67,13 +67,25 @@ def test_products_are_those_of_torch(name: str, compute: Any) -> None:
         ("qwen3-0.6b", [40] * 2, {"hidden_size": 64, "num_hidden_layers": 1}),
         ("modernbert-tiny", [300, 290, 40], {}),  # a window
         ("bert-tiny", [9, 8], {}),  # too few to join the weights
-        ("bert-tiny", [520] * 2, {"max_position_embeddings": 520}),  # the flash kernel
     ],
 )
 def test_products_of_other_shapes(name: str, lengths: list[int], settings: dict[str, Any]) -> None:
     model = small(name, **settings)
     step = step_of(model, lengths, "lm")
     assert planned(model, step) == counted(model, step, lengths, "lm")
+
+
+def test_products_of_the_flash_kernel() -> None:
+    """Which torch does not count on a CPU."""
+    model, lengths = small("bert-tiny", max_position_embeddings=1030), [1024] * 2
+    step = step_of(model, lengths, "lm")
+    parts, pairs = micro_batch(model, step), 4 * 2 * 1024 * 1024 * model.dim
+    assert parts.forward["flash"] == 3 * pairs
+    assert parts.backward["flash backward"] == 3 * 2.5 * pairs
+    forward, backward = counted(model, step, lengths, "lm")
+    assert planned(model, step) == (forward + 3 * pairs, backward + 3 * 2.5 * pairs)
+    causal = micro_batch(small("llama-tiny"), Step(Lengths(2, 1024))).forward["flash"]
+    assert causal == 0.75 * parts.forward["flash"] / model.dim * small("llama-tiny").dim
 
 
 @pytest.mark.parametrize("adapter", [None, Adapter(4), Adapter(8, ("q", "v"))])
@@ -162,12 +174,14 @@ def test_a_faster_machine_is_faster() -> None:
     slow = replace(MACHINE, costs={"fp32 linear": 1e-9, "calls": 1e-3})
     assert took(LLAMA, slow).overhead > 100 * base.overhead
     assert took(LLAMA, slow).forward > base.forward
-    fast, older = (took(LLAMA, device(name)[1], compute="bf16") for name in ("h200", "a100-80gb"))
-    assert fast.total < older.total < took(LLAMA, compute="bf16").total
+    large = Lengths(128, 512)
+    fast, older = (took(LLAMA, device(name)[1], compute="bf16", lengths=large) for name in ("h200", "a100-80gb"))
+    assert fast.total < older.total < took(LLAMA, compute="bf16", lengths=large).total
+    assert fast.overhead == 0 < took(LLAMA, device("h200")[1]).overhead  # hidden behind the work, if there is enough
     muon = {"optimizer": Optimizer("muon")}
     without = replace(MACHINE, rates=dict(MACHINE.rates) | {"bf16": 0.0})
     assert took(**muon).total < took(machine=without, **muon).total  # its products are in bf16 where there is that
-    assert fast.flops < base.flops  # attention to what may be seen alone
+    assert fast.flops < took(LLAMA, lengths=large).flops  # attention to what may be seen alone
 
 
 def test_a_device_without_bf16() -> None:

@@ -119,7 +119,8 @@ def measured_apart(device: str, name: str, threads: int) -> Rates:
     try:
         return Rates(name=name, **json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(" ")]
+        reason = (lines or ["no output"])[-1]
         fix = "give the device's rates in the plan, or try again"
         raise RonnaError(f"the machine could not be measured: {reason}", where=f"device {device}", fix=fix) from None
 

@@ -35,12 +35,16 @@ DEAR = {
     "rms": 4.0,
     "dropout": 6.0,
     "words": 3.0,
+    "nf4": 10.0,
+    "rounded": 7.0,
 }
 # Numbers in fp32 that an optimizer reads and writes for a weight, and how many passes that takes.
 WALKS: dict[str, tuple[float, int]] = {
     "adamw": (7, 1), "sgd": (5, 2), "adafactor": (14, 8), "muon": (12, 8), "adamw8bit": (4, 1),
     "apollo": (12, 10),
 }  # fmt: skip
+# Bytes of a word's logit, from product to gradient, and of a weight that is rounded.
+PASSES = {"words": 24.0, "rounded": 12.0}
 MUON_STEPS = 5
 HOST_STREAM = 40e9  # bytes/s of a GPU's host's memory, a guess
 
@@ -156,8 +160,8 @@ def width(kind: str, step: Step) -> float:
         return 0.0  # the rate of products is with theirs
     if kind in WALKS:
         return 4.0 * WALKS[kind][0]
-    if kind == "words":
-        return 3 * 8.0
+    if kind in PASSES:
+        return PASSES[kind]
     if kind.startswith("nf4"):
         return 0.5 + BYTES[step.compute]
     return float(BYTES[step.compute] * MOVED["backward" if kind.endswith("backward") else "forward"])
@@ -240,8 +244,8 @@ def optimizer(model: c.Model, step: Step) -> Counter[str]:
             work.update({"narrow": w.times * MUON_STEPS * (4 * short**2 * long + 2 * short**3)})
         if kind == "apollo":
             work.update({"linear": 2 * cfg.directions(w) * w.size})
-        if step.lean:
-            work.update({"bytes": w.size * 12 * (step.numbers.weight != 4), "calls": 20 * w.times})
+        if step.lean:  # tensor by tensor, from a copy in fp32 that is then rounded by chance
+            work.update({"rounded": w.size * (step.numbers.weight != 4), "calls": 20 * w.times})
     return work
 
 
