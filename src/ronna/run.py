@@ -1,5 +1,6 @@
 """A run from its file to its folder: assemble, check, train, test, save, report."""
 
+import gc
 import hashlib
 import json
 import math
@@ -29,11 +30,12 @@ from ronna.base.heap import Heap
 from ronna.base.track import Tracker, say
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
-from ronna.model.init import hold
 from ronna.model.recompute import recompute_blocks
+from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
+from ronna.peft.own import every_parameter
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.stored import Store, open_folder
@@ -94,6 +96,7 @@ class Training:
             self.allocator = Allocator(triplets_of(parts.model, NAME), parts.peft, self.total_steps)
         self.hashes = parts.hashes | {"config": identity(run)}
         self.notes: list[str] = []
+        self.written: Callable[[Tensor], object] = lambda tensor: None  # told of each tensor that has been saved
 
     def check(self) -> list[Check]:
         """The checks of `doctor`, on the first step's samples."""
@@ -115,8 +118,7 @@ class Training:
         recompute_blocks(parts.model, run.train.recompute)
         named, optimizers, update = self.optimization()
         if self.checkpoint is not None:
-            tensors = self.checkpoint.tensors("optimizer")
-            load_optimizer_tensors(optimizers, named(), tensors)
+            load_optimizer_tensors(optimizers, named(), self.checkpoint.tensors("optimizer"))
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
         track = run.track
@@ -128,7 +130,7 @@ class Training:
             total_steps=self.total_steps,
         )
         root = self.out / "checkpoints"
-        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, background=not self.lean)
+        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep)
         with tracker, keeper as saver:
             if self.resume:
                 tracker.resume(progress.step + 1)
@@ -137,9 +139,9 @@ class Training:
                 saver.save(
                     now.step,
                     tensors={"optimizer": optimizer_tensors(optimizers, named()), **self.apart()},
-                    model=self.store.tensors(),
-                    write_model=self.store.write,
+                    model_files=self.store.write,
                     state=now.to_json(),
+                    written=self.written,
                 )
 
             loop = Run(
@@ -159,8 +161,7 @@ class Training:
 
     @property
     def lean(self) -> bool:
-        """Whether memory goes before time: one tensor is stepped at a time, and a save waits for the disk instead of
-        copying everything first."""
+        """Whether memory goes before time: one tensor is stepped at a time."""
         config = self.run.train
         ways = (config.weights == "bf16", config.fused_backward, "optimizer" in config.offload)
         return any(ways) or self.run.optim.kind in LEAN
@@ -177,6 +178,7 @@ class Training:
             return named, optimizers, WholeUpdate(parameters, clip, rows, optimizers)
         rows = EmbeddingRows(model, sparse=False)
         portions = Portions(optim, model.named_parameters(), offload, self.shelf)
+        self.written = portions.release
         if config.fused_backward:
             return portions.named_parameters, portions.optimizers, FusedUpdate(parameters, clip, portions)
         whole = WholeUpdate(parameters, clip, rows, portions.optimizers, portions)
@@ -217,10 +219,10 @@ class Training:
         """Test the model that is kept, and write the report; `more` are further fields of it."""
         if progress.best is None or isinstance(self.run, PretrainRun):
             self.keep_best()
-        cfg = self.parts.model.cfg
-        best, dtype = self.parts.model, self.parts.model.compute
+        best, dtype, held = self.parts.model, self.parts.model.compute, held_in(self.parts.model)
         if isinstance(self.run, FinetuneRun):  # the folder, as `evaluate` will read it
-            best = open_folder(self.out / "model", self.run.model.quantize).model.to(self.device, dtype)
+            let_go(self.parts.model)
+            best = open_folder(self.out / "model", self.run.model.quantize, dtype).model.to(self.device, dtype)
         best.compute = dtype
         scores = self.parts.test(best)
         for name, measured in scores.items():
@@ -237,15 +239,23 @@ class Training:
             test=scores.get("test"),
             validation=scores.get("validation", last),
             train=training_account(progress),
-            memory={"peak_bytes": peak_resident_bytes(), "planned_bytes": None, "held": held_in(self.parts.model)},
+            memory={"peak_bytes": peak_resident_bytes(), "planned_bytes": None, "held": held},
             data=self.parts.account,
             config_hash=self.hashes["config"],
             evaluations=progress.history,
-            parameters=cfg.params(),
+            parameters=self.parts.model.cfg.params(),
             **more,
         )
         write_report(self.out, report)
         return report.model_dump(mode="json")
+
+
+def let_go(model: Transformer) -> None:
+    """Give up the memory of a model's weights, whoever still holds the model, and what else nobody holds any more: an
+    optimizer and the parameters that it steps hold each other."""
+    for tensor in (*every_parameter(model), *model.buffers()):
+        tensor.data, tensor.grad = torch.empty(0), None
+    gc.collect()
 
 
 def training_account(p: Progress) -> dict[str, Any]:
@@ -287,8 +297,6 @@ def prepare_run(run: AnyRun, *, resume: bool = False, data: Labelled | None = No
     dtype, reason = choose_precision(run.train.precision, device)
     parts = assemble_pretrain(run) if isinstance(run, PretrainRun) else assemble_finetune(run, data)
     parts.model.compute = dtype
-    if run.train.weights == "bf16":
-        hold(parts.model, torch.bfloat16)
     parts.model.to(device)
     if parts.prepare is not None:
         with bare(parts.model):

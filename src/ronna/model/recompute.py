@@ -49,7 +49,7 @@ def recomputed_blocks(model: Transformer) -> Iterator[None]:
         for block, own in before:
             del block.forward
             if own is not None:
-                block.forward = own
+                block.forward = own  # type: ignore[method-assign]
 
 
 def blocks_of(model: Transformer) -> list[Block]:
