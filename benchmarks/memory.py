@@ -1,11 +1,13 @@
 """What each way to save memory saves, what time it takes, and what it does to the loss.
 
     python benchmarks/memory.py [--data SHARDS] [--model llama-tiny] [--hidden 512] [--layers 8] [--steps 60]
-                                [--rows 8] [--length 256] [--seeds 1] [--ways NAME ...]
+                                [--rows 8] [--length 256] [--seeds 1] [--ways NAME ...] [--plot FILE.svg]
+    python benchmarks/memory.py --read LINES.jsonl [--plot FILE.svg]
 
 A decoder is pre-trained in each way from the same seeds on the same rows, each run in a process of its own. Prints a
 JSON line a run: growth of the process's memory over what it was before, median seconds of a step, held-out loss. Then
-a table beside plain AdamW in fp32. Without --data: the text that every Python installation carries.
+a table beside plain AdamW in fp32, and a drawing of the memory. Without --data: the text that every Python
+installation carries. With --read: of lines that were printed before.
 """
 
 import argparse
@@ -103,12 +105,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--read", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     a = arguments()
+    if a.read:
+        lines = [json.loads(line) for line in a.read.read_text().splitlines() if line.startswith("{")]
+        draw_and_show({way: [one for one in lines if one["way"] == way] for way in WAYS}, a.plot)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if a.one:
             print(json.dumps(run(a, a.one[0], int(a.one[1]), f"{folder}/run")))
@@ -121,7 +129,34 @@ def main() -> None:
                 line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
                 print(line, flush=True)
                 found.setdefault(way, []).append(json.loads(line))
+    draw_and_show(found, a.plot)
+
+
+def draw_and_show(found: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
+    found = {way: some for way, some in found.items() if some}
     show(found)
+    if plot is not None:
+        plot.write_text(drawing(found), encoding="utf-8")
+
+
+def drawing(found: dict[str, list[dict[str, Any]]]) -> str:
+    """A bar a way, as SVG; the same figures give the same text."""
+    from io import StringIO
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.8, 0.34 * len(found) + 0.6))
+    axes, buffer = figure.add_axes((0, 0, 1, 1)), StringIO()
+    sizes = [statistics.mean(one["grown_mib"] for one in some) for some in found.values()]
+    bars = axes.barh(list(found), sizes, color="#2563eb", height=0.6)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"MiB, {next(iter(found.values()))[0]['parameters'] / 1e6:,.1f} M parameters")
+    axes.spines[["top", "right"]].set_visible(False)
+    with rc_context({"svg.hashsalt": "ronna"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def show(found: dict[str, list[dict[str, Any]]]) -> None:

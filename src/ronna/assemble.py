@@ -1,6 +1,5 @@
 """What each verb brings to a training run: model, tokenizer, data, objective, and how to evaluate it."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ronna.base.device import choose_device, choose_precision
 from ronna.base.errors import RonnaError
 from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
 from ronna.base.track import say, say_marked
+from ronna.data.files import hash_files
 from ronna.data.loader import sample_rng
 from ronna.data.shards import Shards
 from ronna.labelled import read_splits, resolve_splits
@@ -23,7 +24,7 @@ from ronna.model.config import Model
 from ronna.model.families import PRESETS, Family, preset, read_config, read_config_json, with_dropout
 from ronna.model.folder import load_folder
 from ronna.model.fourbit import held_in, import_bitsandbytes
-from ronna.model.init import build
+from ronna.model.init import build, hold, hold_maps
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Objective, Totals, collate
@@ -31,7 +32,7 @@ from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.penalty import Penalised
 from ronna.packed import Packed, read_packed, refuse_settings
 from ronna.peft.adalora import AdaLoraConfig, orthogonality, triplets_of
-from ronna.peft.methods import NAME, PeftConfig, adapt, longest_text, trained
+from ronna.peft.methods import NAME, PeftConfig, adapt, longest_text, reads_base, trained
 from ronna.runfile import FinetuneRun, PretrainRun, StartConfig
 from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores
@@ -98,8 +99,9 @@ def pretrain_model(run: PretrainRun, packed: Packed) -> Transformer:
     if not packed.loads:
         return new_model(packed.family, packed.cfg, run)
     loaded = load_folder(
-        packed.folder, head=True, classifier=packed.cfg.classifier, seed=run.seed, dropout=run.model.dropout
-    )
+        packed.folder, head=True, classifier=packed.cfg.classifier, seed=run.seed, dropout=run.model.dropout,
+        precision=precision_of(run),
+    )  # fmt: skip
     for note in loaded.notes:
         say(note)
     return loaded.model
@@ -131,8 +133,24 @@ def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[
 
 def new_model(family: Family, cfg: Model, run: PretrainRun | FinetuneRun) -> Transformer:
     """New weights, with the dropout that the user asked for, in no other precision than they are to have."""
-    rate, matrices = run.model.dropout, torch.bfloat16 if run.train.weights == "bf16" else torch.float32
-    return build(cfg if rate is None else with_dropout(family, cfg, rate), run.seed, matrices)
+    rate = run.model.dropout
+    return build(cfg if rate is None else with_dropout(family, cfg, rate), run.seed, matrices(run))
+
+
+def matrices(run: PretrainRun | FinetuneRun) -> torch.dtype:
+    return torch.bfloat16 if run.train.weights == "bf16" else torch.float32
+
+
+def precision_of(run: PretrainRun | FinetuneRun) -> Callable[[Transformer], None]:
+    """What gives the parameters of a model that is read the precision they are to have, so that none is ever wide.
+
+    Beneath an adapter linear maps will be frozen in the precision of the computation (`freeze_to`), and nobody looks at
+    their other bits before; the rest of the base has to wait for that.
+    """
+    if isinstance(run, FinetuneRun) and run.peft is not None:
+        computed, _ = choose_precision(run.train.precision, choose_device(run.device))
+        return partial(hold_maps, matrices=torch.float32 if reads_base(run.peft) else computed)
+    return partial(hold, matrices=matrices(run))
 
 
 # Fine-tuning
@@ -251,14 +269,6 @@ def higher_is_better(monitor: str) -> bool:
     return monitor != "loss"
 
 
-def hash_files(paths: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def starting_point(config: StartConfig, folder: Path) -> tuple[Family, Model, Tokenizer]:
     """Family, shape and tokenizer of a folder, or of a preset with the user's tokenizer."""
     if folder.is_dir():
@@ -289,8 +299,9 @@ def finetune_model(run: FinetuneRun, data: Labelled) -> Transformer:
         return new_model(data.family, cfg, run)
     dropout, quantize = run.model.dropout, run.model.quantize
     loaded = load_folder(
-        folder, head=data.task.writes, classifier=cfg.classifier, seed=run.seed, dropout=dropout, quantize=quantize
-    )
+        folder, head=data.task.writes, classifier=cfg.classifier, seed=run.seed, dropout=dropout, quantize=quantize,
+        precision=precision_of(run),
+    )  # fmt: skip
     for note in (*loaded.notes, held_in(loaded.model)):
         if note is not None:
             say(note)

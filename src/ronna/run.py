@@ -1,20 +1,18 @@
 """A run from its file to its folder: assemble, check, train, test, save, report."""
 
+import gc
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from ronna.assemble import Labelled, Parts, assemble_finetune, assemble_pretrain, read_labelled
 from ronna.base.config import dump_toml
@@ -25,12 +23,13 @@ from ronna.base.track import Tracker, say
 from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
-from ronna.model.init import hold
 from ronna.model.recompute import recompute_blocks
+from ronna.model.transformer import Transformer
 from ronna.packed import Packed, read_packed
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
+from ronna.peft.own import every_parameter
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.stored import Store, open_folder
@@ -39,17 +38,13 @@ from ronna.train.checkpointer import Checkpointer
 from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
 from ronna.train.feed import Feed, length_plan, row_plan
 from ronna.train.loop import Interrupted, Progress, Run
-from ronna.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from ronna.train.portions import Portions
-from ronna.train.rows import EmbeddingRows
+from ronna.train.optim import load_optimizer_tensors, optimizer_tensors
 from ronna.train.schedule import lr_scale
-from ronna.train.shelf import Shelf, away
-from ronna.train.update import FusedUpdate, Update, WholeUpdate
+from ronna.train.shelf import Shelf
+from ronna.train.stepping import stepping
 
 AnyRun = PretrainRun | FinetuneRun
 
-LEAN = {"adamw8bit", "apollo"}  # optimizers that take more room for a step the larger the tensor is
-Named = Callable[[], Iterator[tuple[str, Parameter]]]
 # What may change between a run and its resumption without changing a single weight.
 FREE = {
     "out": True,
@@ -122,10 +117,10 @@ class Training:
         if wants_compile(run.train.compile, self.device):
             compile_blocks(parts.model)
         recompute_blocks(parts.model, run.train.recompute)
-        named, optimizers, update = self.optimization()
+        ways = stepping(parts.model, run.optim, run.train, parts.used, self.shelf)
+        named, optimizers, update = ways.named, ways.optimizers, ways.update
         if self.checkpoint is not None:
-            tensors = self.checkpoint.tensors("optimizer")
-            load_optimizer_tensors(optimizers, named(), tensors)
+            load_optimizer_tensors(optimizers, named(), self.checkpoint.tensors("optimizer"))
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
         track = run.track
@@ -137,8 +132,7 @@ class Training:
             total_steps=self.total_steps,
         )
         root = self.out / "checkpoints"
-        room = not self.lean and run.train.memory is None  # for a copy
-        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, background=room)
+        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep)
         with tracker, keeper as saver:
             if self.resume:
                 tracker.resume(progress.step + 1)
@@ -147,16 +141,16 @@ class Training:
                 saver.save(
                     now.step,
                     tensors={"optimizer": optimizer_tensors(optimizers, named()), **self.apart()},
-                    model=self.store.tensors(),
-                    write_model=self.store.write,
+                    model_files=self.store.write,
                     state=now.to_json(),
+                    written=ways.written,
                 )
 
             loop = Run(
                 parts.model, parts.objective, self.feed, optimizers, run.schedule, run.train, self.total_steps,
                 run.seed, tracker, progress, parts.evaluate, save,
                 self.keep_best if isinstance(run, FinetuneRun) else None, give_up, saved_step=progress.step,
-                away=away(self.shelf) if "activations" in run.train.offload else None, update=update,
+                away=ways.away, update=update,
             )  # fmt: skip
             self.progress = loop.progress
             loop.hooks += [hook for hook in (self.heap, self.allocator) if hook is not None]
@@ -169,31 +163,6 @@ class Training:
                 first = partial(lr_scale, run.schedule, 0, self.total_steps)
                 loop.hooks.append(FirstStep(parts.model, lambda: peak * first(), update.gradient_norm))
             return loop.train()
-
-    @property
-    def lean(self) -> bool:
-        """Whether memory goes before time: one tensor is stepped at a time, and a save waits for the disk instead of
-        copying everything first."""
-        config = self.run.train
-        ways = (config.weights == "bf16", config.fused_backward, "optimizer" in config.offload)
-        return any(ways) or self.run.optim.kind in LEAN
-
-    def optimization(self) -> tuple[Named, list[Optimizer], Update]:
-        """What the optimizers step, by name, the optimizers, and how gradients come to them."""
-        model, optim, config = self.parts.model, self.run.optim, self.run.train
-        parameters, clip = list(model.parameters()), config.clip or math.inf
-        offload = "optimizer" in config.offload
-        if not self.lean:
-            rows = EmbeddingRows(model, self.parts.used)
-            named: Named = lambda: rows.named_parameters(model.named_parameters())  # noqa: E731
-            optimizers = build_optimizer(optim, named())
-            return named, optimizers, WholeUpdate(parameters, clip, rows, optimizers)
-        rows = EmbeddingRows(model, sparse=False)
-        portions = Portions(optim, model.named_parameters(), offload, self.shelf)
-        if config.fused_backward:
-            return portions.named_parameters, portions.optimizers, FusedUpdate(parameters, clip, portions)
-        whole = WholeUpdate(parameters, clip, rows, portions.optimizers, portions)
-        return portions.named_parameters, portions.optimizers, whole
 
     def restore(self) -> Progress:
         """Weights and counters of the newest whole checkpoint, if this is a resumption that has one."""
@@ -230,10 +199,10 @@ class Training:
         """Test the model that is kept, and write the report; `more` are further fields of it."""
         if progress.best is None or isinstance(self.run, PretrainRun):
             self.keep_best()
-        cfg = self.parts.model.cfg
-        best, dtype = self.parts.model, self.parts.model.compute
+        best, dtype, held = self.parts.model, self.parts.model.compute, held_in(self.parts.model)
         if isinstance(self.run, FinetuneRun):  # the folder, as `evaluate` will read it
-            best = open_folder(self.out / "model", self.run.model.quantize).model.to(self.device, dtype)
+            let_go(self.parts.model)
+            best = open_folder(self.out / "model", self.run.model.quantize, dtype).model.to(self.device, dtype)
         best.compute = dtype
         scores = self.parts.test(best)
         for name, measured in scores.items():
@@ -254,18 +223,26 @@ class Training:
             memory={
                 "peak_bytes": peak,
                 "planned_bytes": None if self.fit is None else self.fit.planned,
-                "held": held_in(self.parts.model),
+                "held": held,
             },
             data=self.parts.account,
             config_hash=self.hashes["config"],
             evaluations=progress.history,
-            parameters=cfg.params(),
+            parameters=self.parts.model.cfg.params(),
             **more,
         )
         write_report(self.out, report)
         if self.fit is not None and progress.step:
             self.fit.remember(self.device, peak, progress.seconds / progress.step)
         return report.model_dump(mode="json")
+
+
+def let_go(model: Transformer) -> None:
+    """Give up the memory of a model's weights, whoever still holds the model, and what else nobody holds any more: an
+    optimizer and the parameters that it steps hold each other."""
+    for tensor in (*every_parameter(model), *model.buffers()):
+        tensor.data, tensor.grad = torch.empty(0), None
+    gc.collect()
 
 
 def training_account(p: Progress) -> dict[str, Any]:
@@ -316,8 +293,6 @@ def prepare_run(
     run = run if fit is None else fit.run
     parts = assemble(run, data)
     parts.model.compute = dtype
-    if run.train.weights == "bf16":
-        hold(parts.model, torch.bfloat16)
     parts.model.to(device)
     if parts.prepare is not None:
         with bare(parts.model):

@@ -1,7 +1,6 @@
 """What of a model a run writes and reads: the whole of it as a Hugging Face folder, or an adapter as a PEFT folder."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ronna.base.errors import RonnaError
 from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
 from ronna.model.families import read_config, read_config_json
-from ronna.model.folder import Loaded, is_language_model, load_folder, save_config, save_folder
+from ronna.model.folder import Loaded, is_language_model, load_folder, load_weights, save_config, save_folder
 from ronna.model.fourbit import Quantize
 from ronna.model.tensorfiles import fingerprint
 from ronna.peft.changes import activate
@@ -31,15 +30,11 @@ class Store:
     def __init__(self, parts: Parts):
         self.parts = parts
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model."""
-        return self.parts.model.state_dict() if self.parts.peft is None else dict(trained(self.parts.model))
-
     def apart(self) -> dict[str, dict[str, Tensor]]:
         """What `restore` needs in its own names beside the folder that others read."""
-        return {} if self.parts.peft is None else {"trained": self.tensors()}
+        return {} if self.parts.peft is None else {"trained": dict(trained(self.parts.model))}
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def write(self, folder: Path) -> None:
         """A folder that transformers (or peft) loads, the tokenizer in it. Raises OSError where the disk refuses."""
         parts = self.parts
         more: dict[str, Any] = {
@@ -48,9 +43,9 @@ class Store:
             "extra_config": token_ids(parts.tokenizer) | parts.folder_keys,
         }
         if parts.peft is None:
-            save_folder(parts.model, parts.family, folder, tensors=tensors, **more)
+            save_folder(parts.model, parts.family, folder, **more)
         else:
-            write_adapter(parts.model, parts.family, folder, parts.peft, parts.base, tensors=tensors)
+            write_adapter(parts.model, parts.family, folder, parts.peft, parts.base)
             save_config(parts.model.cfg, parts.family, folder, **more)
         parts.tokenizer.save(folder)
         for name, text in parts.folder_files.items():
@@ -62,8 +57,7 @@ class Store:
         """The weights of a checkpoint, to the bit."""
         model = self.parts.model
         if self.parts.peft is None:
-            saved = load_folder(checkpoint.model_dir, head=model.cfg.head is not None, classifier=model.cfg.classifier)
-            model.load_state_dict(saved.model.state_dict())
+            load_weights(model, self.parts.family, checkpoint.model_dir)
             return
         stored = checkpoint.tensors("trained")
         for name, parameter in trained(model).items():
@@ -76,14 +70,16 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {f"{role}_token_id": i for role, i in roles.items() if i is not None}
 
 
-def open_folder(name: str | Path, quantize: Quantize | None = None) -> Loaded:
+def open_folder(name: str | Path, quantize: Quantize | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
     """The model in a folder, with the heads that it has; an adapter's on its base. Raises RonnaError.
 
-    quantize: hold the linear maps of its blocks in 4 bits.
+    quantize: hold the linear maps of its blocks in 4 bits. dtype: of what is read; what an adapter brings is fp32.
     """
     folder = local_folder(str(name))
     adapted = is_adapter(folder)
-    loaded = open_adapted(folder, name, quantize) if adapted else load_folder(folder, quantize=quantize)
+    loaded = (
+        open_adapted(folder, name, quantize, dtype) if adapted else load_folder(folder, quantize=quantize, dtype=dtype)
+    )
     if "embedding_pooling" not in loaded.config and (pool := embedding_pool(folder)):
         loaded.config["embedding_pooling"] = pool
     return loaded
@@ -100,7 +96,7 @@ def embedding_pool(folder: Path) -> str | None:
     return next((pool for name, pool in known.items() if modes == {f"pooling_mode_{name}"}), None)
 
 
-def open_adapted(folder: Path, name: str | Path, quantize: Quantize | None) -> Loaded:
+def open_adapted(folder: Path, name: str | Path, quantize: Quantize | None, dtype: torch.dtype) -> Loaded:
     """A base with the adapter in `folder` on it."""
     adapter = read_adapter(folder)
     base = Path(adapter.base)
@@ -108,7 +104,7 @@ def open_adapted(folder: Path, name: str | Path, quantize: Quantize | None) -> L
         base = local_folder(HUB + adapter.base)
     if not base.is_dir():
         raise RonnaError(f"its base {adapter.base} is not there", where=str(folder), fix=MOVED)
-    loaded = on_base(adapter, base, quantize)
+    loaded = on_base(adapter, base, quantize, dtype)
     attach_adapter(loaded.model, loaded.family, adapter)
     return loaded
 
@@ -135,10 +131,10 @@ APART = "open it by itself"
 MOVED = "put it back, or write where it is into adapter_config.json: base_model_name_or_path"
 
 
-def on_base(adapter: AdapterFolder, base: Path, quantize: Quantize | None) -> Loaded:
+def on_base(adapter: AdapterFolder, base: Path, quantize: Quantize | None, dtype: torch.dtype) -> Loaded:
     """The base with the heads of the adapted model, which the adapter's config.json describes."""
     if not (adapter.folder / "config.json").is_file():  # another program wrote the adapter
-        return load_folder(base, quantize=quantize)
+        return load_folder(base, quantize=quantize, dtype=dtype)
     _, cfg = read_config(adapter.folder)
     config = read_config_json(adapter.folder)
     if config.get("base_fingerprint", found := fingerprint(base)) != found:
@@ -146,5 +142,5 @@ def on_base(adapter: AdapterFolder, base: Path, quantize: Quantize | None) -> Lo
             f"its base {base} has other weights than it was trained on", where=str(adapter.folder), fix=MOVED
         )
     head = cfg.classifier is None and is_language_model(config)
-    loaded = load_folder(base, head=head, classifier=cfg.classifier, quantize=quantize)
+    loaded = load_folder(base, head=head, classifier=cfg.classifier, quantize=quantize, dtype=dtype)
     return replace(loaded, config=config, notes=[])

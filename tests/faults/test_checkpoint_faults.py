@@ -132,7 +132,8 @@ def failing_save_file(*_):
 
 
 PLACES = {
-    "tensors": (module, "save_file", failing_save_file),
+    "tensors": (module, "save_tensors", failing(errno.ENOSPC)),
+    "the library": (module, "save_tensors", failing_save_file),
     "text": (Path, "write_text", failing(errno.ENOSPC)),
     "quota": (Path, "write_text", failing(errno.EDQUOT)),
     "sync": (os, "fsync", failing(errno.ENOSPC)),
@@ -163,8 +164,9 @@ def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path, monkeypatch)
 
     def put(saver, step):
         weights = {"w": torch.ones(2)}
-        write = lambda folder, weights: save_file(weights, folder / "model.safetensors")  # noqa: E731
-        saver.save(step, tensors={}, model=weights, write_model=write, state={})
+        saver.save(
+            step, tensors={}, model_files=lambda folder: save_file(weights, folder / "model.safetensors"), state={}
+        )
 
     with Checkpointer(tmp_path, hashes={}, report=said.append) as saver:
         put(saver, 1)
@@ -209,7 +211,7 @@ def write_model(folder, weights):
 def put(saver, step):
     values = {f"w{i}": torch.full((2048,), float(step)) for i in range(4)}
     state = {"step": step}
-    saver.save(step, tensors={"optimizer": values}, model=values, write_model=write_model, state=state)
+    saver.save(step, tensors={"optimizer": values}, model_files=lambda f: write_model(f, values), state=state)
 
 def checked(root):
     loaded = load_latest(root)

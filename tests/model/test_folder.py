@@ -4,6 +4,7 @@ import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
 from ronna.model.families import Family, Weight, classifier_for, preset
-from ronna.model.folder import Stored, load_folder, save_folder
-from ronna.model.init import build
+from ronna.model.folder import Stored, load_folder, load_weights, save_folder
+from ronna.model.init import build, hold
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 
@@ -286,6 +287,41 @@ def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Stored, "read", watched)
     loaded = load_folder(tmp_path)
     assert count == loaded.model.cfg.params()
+
+
+def test_weights_are_never_held_in_another_precision_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "gpt2-tiny")
+    empty, made = Transformer.to_empty, []
+
+    def watched(model: Transformer, **how: Any) -> Transformer:
+        made.append({p.dtype for p in model.parameters() if p.ndim == 2})
+        return empty(model, **how)
+
+    monkeypatch.setattr(Transformer, "to_empty", watched)
+    narrow = load_folder(tmp_path, precision=partial(hold, matrices=torch.bfloat16)).model
+    assert made == [{torch.bfloat16}]
+    wide = load_folder(tmp_path).model
+    hold(wide, torch.bfloat16)
+    assert same(narrow, wide) and narrow.head.logits.weight is narrow.embedding.tokens.weight
+
+
+@pytest.mark.parametrize("name", ["gpt2-tiny", "bert-tiny", "t5-tiny"])
+def test_weights_come_back_into_the_model_that_is_there(tmp_path: Path, name: str) -> None:
+    family, model = small(name)
+    hold(model, torch.bfloat16)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    places = {n: p.data_ptr() for n, p in model.named_parameters()}
+    save_folder(model, family, tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    load_weights(model, family, tmp_path)
+    assert all(torch.equal(p, before[n]) and p.data_ptr() == places[n] for n, p in model.named_parameters())
+    other = Transformer(replace(model.cfg, head=None, classifier=c.Classifier(3)))
+    with pytest.raises(RonnaError, match="missing|no place"):
+        load_weights(other, family, tmp_path)
 
 
 def test_a_fingerprint_tells_weights_apart_and_takes_any_type(tmp_path: Path) -> None:

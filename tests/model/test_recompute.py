@@ -7,7 +7,7 @@ from torch import Tensor
 from ronna.base.errors import RonnaError
 from ronna.model.families import preset, with_dropout
 from ronna.model.init import build
-from ronna.model.recompute import Recompute, recompute_blocks
+from ronna.model.recompute import Recompute, recompute_blocks, recomputed_blocks
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.peft.methods import LoraConfig, adapt
@@ -105,3 +105,15 @@ def test_more_blocks_than_there_are_is_refused():
         recompute_blocks(model("t5-tiny"), Recompute(blocks=count + 1))
     with pytest.raises(RonnaError, match=rf"recompute\.feeds: {count} blocks are asked for, there are {count - 1}"):
         recompute_blocks(model("t5-tiny"), Recompute(blocks=1, feeds=count))
+
+
+def test_for_a_while_every_block_computes_again_and_then_as_before():
+    plain, some = model("gpt2-tiny"), model("gpt2-tiny")
+    recompute_blocks(some, Recompute(blocks=1))
+    before = kept(some)
+    with recomputed_blocks(some):
+        assert kept(some) < 0.8 * before
+    assert kept(some) == before < kept(plain)
+    with recomputed_blocks(plain):
+        pass
+    assert not any("forward" in vars(module) for module in plain.modules())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ronna.base.errors import RonnaError
 from ronna.train import checkpoint as module
 from ronna.train.checkpoint import load_checkpoint, load_latest, save_checkpoint, verify
-from ronna.train.checkpointer import Checkpointer, snapshot
+from ronna.train.checkpointer import Checkpointer
 
 HASHES = {"config": "c", "tokenizer": "t", "data": "d"}
 
@@ -158,63 +158,63 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
     assert set(listed) == {name for name in everything if (path / name).is_file()}
 
 
-def test_a_snapshot_does_not_change_and_keeps_ties():
-    weight = torch.nn.Parameter(torch.zeros(2, 3))
-    taken = snapshot({"embedding": weight, "head": weight, "row": weight[0], "e": torch.empty(0)})
-    with torch.no_grad():
-        weight.add_(1)
-    assert all(tensor.eq(0).all() and not tensor.requires_grad for tensor in taken.values())
-    assert taken["embedding"].data_ptr() == taken["head"].data_ptr() != taken["row"].data_ptr()
-
-
-def checkpointer(root, **options):
+def checkpointer(root):
     said = []
-    return Checkpointer(root, hashes=HASHES, report=said.append, **options), said
+    return Checkpointer(root, hashes=HASHES, report=said.append), said
 
 
 def put(saver, step, weight, writer=write_model, **options):
     tensors, state = {"optimizer": {"w.m": weight}}, {"step": step, "seen": [step]}
-    saver.save(step, tensors=tensors, model={"w": weight}, write_model=writer, state=state, **options)
+    saver.save(step, tensors=tensors, model_files=lambda folder: writer(folder, {"w": weight}), state=state, **options)
     state["seen"].append("later")
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_training_goes_on_while_the_disk_works(tmp_path, background):
-    released = threading.Event()
-    weight = torch.zeros(4)
+def test_training_goes_on_while_the_disk_works(tmp_path, monkeypatch):
+    released, sync = threading.Event(), os.fsync
+    weight, told = torch.zeros(4), []
 
-    def slow_writer(folder, weights):
+    def slow(descriptor):
         assert released.wait(20)
-        write_model(folder, weights)
+        sync(descriptor)
 
-    saver, said = checkpointer(tmp_path, background=background)
+    monkeypatch.setattr(os, "fsync", slow)
+    saver, said = checkpointer(tmp_path)
     with saver:
-        if not background:
-            released.set()
-        put(saver, 1, weight, slow_writer)
-        assert steps(tmp_path) == ([] if background else [1])
+        put(saver, 1, weight, written=told.append)
+        assert steps(tmp_path) == [] and [t is weight for t in told] == [True]
         weight.add_(1)  # the training goes on
         released.set()
-        put(saver, 2, weight, slow_writer)
-        assert saver.latest == tmp_path / ("step-00000001" if background else "step-00000002")
+        put(saver, 2, weight)
+        assert saver.latest == tmp_path / "step-00000001"
     assert steps(tmp_path) == [1, 2] and saver.latest.name == "step-00000002" and said == []
     first = load_checkpoint(tmp_path / "step-00000001")
     assert first.tensors("optimizer")["w.m"].eq(0).all() and first.state == {"step": 1, "seen": [1]}
     assert load_checkpoint(tmp_path / "step-00000002").tensors("optimizer")["w.m"].eq(1).all()
 
 
-def test_a_bug_while_saving_surfaces_at_the_next_save(tmp_path):
-    def broken(folder, weights):
+def test_bugs_while_saving_surface(tmp_path, monkeypatch):
+    def broken(*_):
         raise ZeroDivisionError
 
     saver, _ = checkpointer(tmp_path)
-    put(saver, 1, torch.zeros(1), broken)
     with pytest.raises(ZeroDivisionError):
-        put(saver, 2, torch.zeros(1))
-    saver.close()
+        put(saver, 1, torch.zeros(1), broken)
     with pytest.raises(ValueError, match="JSON"):
-        saver.save(3, tensors={}, model={}, write_model=broken, state={"best": float("inf")})
-    assert steps(tmp_path) == []
+        saver.save(1, tensors={}, model_files=print, state={"best": float("inf")})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "verify", broken)
+        put(saver, 2, torch.zeros(1))
+        with pytest.raises(ZeroDivisionError):
+            saver.wait()
+    saver.close()
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_tensors_of_a_checkpoint_are_held_by_who_looks_them_up(tmp_path):
+    stored = load_checkpoint(save(tmp_path, 7)).tensors("optimizer")
+    found = stored["w.exp_avg"]
+    assert stored["w.exp_avg"].data_ptr() != found.data_ptr() and set(stored) == {"w.exp_avg", "w.step"}
+    assert len(stored) == 2 and "w" not in stored
 
 
 def test_leftovers_go_and_a_second_live_run_is_refused(tmp_path):

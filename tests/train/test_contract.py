@@ -9,12 +9,13 @@ from torch import nn
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
-from ronna.model.init import build
+from ronna.model.init import build, hold
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Batch, Loss, Sample
+from ronna.objectives.base import Batch, Loss, Sample, collate
 from ronna.objectives.clm import CausalLM
-from ronna.train.contract import FirstStep, check_start, refuse_failed
+from ronna.train.contract import SKETCH, FirstStep, check_start, refuse_failed, rms, shortest, sketch
+from ronna.train.loop import gradients
 from ronna.train.update import gradient_norm
 
 VOCAB = 40
@@ -63,6 +64,79 @@ class PerBatch(CausalLM):
 
 def test_a_loss_that_depends_on_the_cut_is_seen():
     assert failed(check_start(model(), PerBatch(0, 1), [samples()])) == {"accumulation"}
+
+
+class Forgetful(CausalLM):
+    """Learns nothing of a single sequence."""
+
+    def loss(self, model: Transformer, batch: Batch) -> Loss:
+        loss = super().loss(model, batch)
+        return Loss({k: v * (len(batch.sequences) > 1) for k, v in loss.sums.items()}, loss.stats)
+
+
+@pytest.mark.parametrize("objective", [PerBatch, Forgetful])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_depends_on_the_cut_is_seen_whatever_weights_are_held_in(objective, narrow):
+    some = model()
+    hold(some, torch.bfloat16 if narrow else torch.float32)
+    assert failed(check_start(some, CausalLM(0, 1), [samples()])) == set()
+    assert failed(check_start(some, objective(0, 1), [samples()])) == {"accumulation"}
+
+
+def deep() -> Transformer:
+    block = c.Block(c.Attention(4, 16, bias=True), c.FeedForward(256), c.Norm())
+    stack = c.Stack((block,) * 24, True, c.Norm())
+    return build(c.Model(64, c.Embedding(VOCAB, c.LearnedPositions(32)), c.Head(), decoder=stack), seed=0)
+
+
+def allocated(work) -> int:
+    """The most bytes that torch holds at once for it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([size for _, size in sorted(events)]).max())
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_checks_hold_less_than_a_step(narrow, monkeypatch):
+    """Of a model whose weights are most of it: one gradient, one block in fp32, activations of a few tokens."""
+    monkeypatch.setattr("ronna.train.contract.SKETCH", 16)  # the matrices are small
+    some, objective = deep(), CausalLM(0, 1)
+    hold(some, torch.bfloat16 if narrow else torch.float32)
+    weights = sum(p.numel() * p.element_size() for p in some.parameters())
+    few = samples(lengths=(5, 6))
+    assert allocated(lambda: check_start(some, objective, [few])) < 0.5 * weights
+    assert not any("forward" in vars(module) for module in some.modules())
+    step = allocated(lambda: gradients(some, objective, [collate(objective, few)], seed=0))
+    assert step > weights
+
+
+def test_a_sketch_is_small_linear_and_sees_every_number():
+    a, b = (torch.randn(96, 512, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    torch.testing.assert_close(sketch(a) + sketch(b), sketch(a + b), rtol=0, atol=1e-5)
+    assert len(sketch(a)) <= SKETCH + len(a)
+    looked_at = torch.arange(96 * 512.0).view(96, 512)
+    columns = {int(x) % 512 for x in sketch(looked_at)[:-96]}
+    assert len(columns) == 512
+    for place in ((0, 1), (50, 7), (95, 511)):
+        other = a.clone()
+        other[place] += 1.0
+        assert float((sketch(other) - sketch(a)).abs().max()) > 0.04
+    assert len(sketch(torch.tensor(3.0))) == 2 and len(sketch(torch.ones(5))) == 10
+
+
+def test_no_more_is_looked_at_than_fits_a_micro_batch():
+    some = samples(lengths=(9, 5, 7, 12, 6))
+    assert [len(s.tokens) for s in shortest(some, 1, room=20)] == [5, 6, 7]
+    assert [len(s.tokens) for s in shortest(some, 1, room=3)] == [5, 6]  # two can be told apart
+    assert [len(s.tokens) for s in shortest(some[:4], 2, room=99)] == [9, 5, 7, 12]
+    assert len(shortest(some * 9, 1, room=10**6)) == 8
+
+
+def test_the_size_of_a_weight_is_that_of_all_its_numbers(monkeypatch):
+    monkeypatch.setattr("ronna.train.contract.PIECE", 7)
+    x = torch.randn(10, 10)
+    assert rms(x) == pytest.approx(float(x.square().mean().sqrt()), rel=1e-5)
 
 
 def test_no_supervised_token_is_refused():

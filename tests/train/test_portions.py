@@ -1,7 +1,11 @@
 """Optimizers of one tensor, or some rows of one, at a time; weights in bfloat16 rounded by chance."""
 
+import sys
+import weakref
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from ronna.train import portions
@@ -17,6 +21,7 @@ from ronna.train.optim import (
     optimizer_tensors,
 )
 from ronna.train.portions import Portions, rounded
+from ronna.train.shelf import Shelf
 
 SHAPES = {
     "embedding.tokens.weight": (40, 8),
@@ -132,3 +137,37 @@ def test_states_come_back_to_the_bit(config, monkeypatch):
     load_optimizer_tensors(after.optimizers, after.named_parameters(), saved)
     run(cut, after, range(2, 4))
     assert all(torch.equal(cut[n], whole[n]) for n in whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shelf needs Linux")
+def test_states_that_wait_on_a_shelf_are_not_loaded_together(tmp_path, monkeypatch):
+    """While those of one portion are looked up, the ones before are in files."""
+    monkeypatch.setattr(portions, "LEAST", 64)
+    named = weights()
+    own = Portions(AdamW(), named.items(), offload=True, shelf=Shelf(tmp_path))
+    set_gradients(named, 0)
+    for p in named.values():
+        own.step(p, seed=0)
+    saved = {n: t.clone() for n, t in optimizer_tensors(own.optimizers, own.named_parameters()).items()}
+    alive: list[weakref.ref[Tensor]] = []
+
+    class File(dict):
+        most = 0
+
+        def __getitem__(self, name: str) -> Tensor:
+            found = super().__getitem__(name).clone()
+            alive.append(weakref.ref(found.untyped_storage()))
+            File.most = max(File.most, sum(ref() is not None for ref in alive))
+            return found
+
+    after = Portions(AdamW(), named.items(), offload=True, shelf=Shelf(tmp_path))
+    load_optimizer_tensors(after.optimizers, after.named_parameters(), File(saved))
+    large = [n for n, t in saved.items() if t.numel() * 4 >= 64]
+    assert len(after.shelved) == len(large) == 4
+    small = len(saved) - len(large)  # counters and the like stay
+    assert File.most <= 3 + small
+    found = optimizer_tensors(after.optimizers, after.named_parameters())
+    assert all(torch.equal(found[n], saved[n]) for n in saved)
+    for tensor in found.values():
+        after.release(tensor)  # of what is not on the shelf it does nothing
+    assert all(torch.equal(found[n], saved[n]) for n in saved)

@@ -3,6 +3,7 @@
 import difflib
 import glob
 import gzip
+import hashlib
 import io
 import re
 import zlib
@@ -46,6 +47,15 @@ SHARD_NUMBER = re.compile(r"-\d+(-of-\d+)?$")
 MAX_ROW_BYTES = 256 * 2**20
 HEAD_BYTES = 2**16
 BOM = b"\xef\xbb\xbf"
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """sha256 of the files' own, in order."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 class Line(NamedTuple):

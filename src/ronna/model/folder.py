@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ LANGUAGE_MODEL = re.compile(r"LM|Generation|PreTraining|MTModel")
 STALE = {
     "_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels", "tag_transitions"
 }  # fmt: skip
+GET_ALL = "get the whole folder"
 LABELS = {"id2label", "label2id", "problem_type"}
 BY_LABEL = ("classifier.out.", "classifier.transitions")  # parameters whose shape is the number of labels
 
@@ -57,12 +58,14 @@ def load_folder(
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
     quantize: Quantize | None = None,
+    precision: Callable[[Transformer], object] | None = None,
 ) -> Loaded:
     """The model in a Hugging Face folder, on the CPU, with parameters in `dtype`.
 
     head: with or without the vocabulary head; "auto" takes the heads that the folder has, its classifier
     included. classifier: have this one (whatever `head` says). dropout: the rate, or None for the folder's own.
-    quantize: hold the linear maps of the blocks in 4 bits. What is wanted and not in the folder is drawn
+    quantize: hold the linear maps of the blocks in 4 bits. precision: gives parameters, which have no memory yet,
+    another one than `dtype`. What is wanted and not in the folder is drawn
     from `seed`, what is there and not wanted is left out; `notes` tell. Weights are read one at a time, and never
     held wide together where they are quantized.
     Raises RonnaError for families and settings we do not support, for missing, unknown or misshapen weights,
@@ -80,6 +83,8 @@ def load_folder(
         cfg = cfg if dropout is None else with_dropout(family, cfg, dropout)
         with torch.device("meta"):
             model = Transformer(cfg).to(dtype)
+        if precision is not None:
+            precision(model)
         places, fresh, notes = stored.match(model)
         narrow = {path: narrowed(linear, quantize) for path, linear in block_linears(model)} if quantize else {}
         model.to_empty(device="cpu")
@@ -94,6 +99,18 @@ def load_folder(
         initialise(model, seed, only=fresh)
         notes.append(f"not in {folder}, drawn anew: {listed(sorted(fresh))}")
     return Loaded(model, family, config, notes)
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, family: Family, folder: Path) -> None:
+    """Put the weights that `save_folder` wrote of this very model back into it, one at a time. Raises RonnaError."""
+    with TensorFiles(folder) as files:
+        stored = Stored(files, family, str(folder))
+        places, fresh, _ = stored.match(model)
+        if fresh:
+            raise RonnaError(f"weights are missing: {listed(sorted(fresh))}", where=str(folder), fix=GET_ALL)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored.read(places[name], parameter.ndim))
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
@@ -178,7 +195,7 @@ class Stored:
                 self.check_shape(weight, tuple(parameter.shape))
                 places[name] = weight
         if absent:
-            raise RonnaError(f"weights are missing: {listed(absent)}", where=self.where, fix="get the whole folder")
+            raise RonnaError(f"weights are missing: {listed(absent)}", where=self.where, fix=GET_ALL)
         extra = sorted(self.keys.keys() - {w.name for w in places.values()} - set(replaced))
         unknown = [key for key in extra if not self.family.in_head(key)]
         if unknown:
@@ -246,7 +263,7 @@ def save_folder(
     dtype: None keeps each tensor's. extra_config: further keys, say those of the folder a model came from;
     what the model itself says wins, except for token ids and, where they fit, label names.
 
-    Raises RonnaError for a model that the family's folders cannot express, OSError or SafetensorError where
+    Raises RonnaError for a model that the family's folders cannot express, OSError where
     the disk refuses.
     """
     cfg, folder = model.cfg, Path(folder)
@@ -257,12 +274,10 @@ def save_folder(
     for name in parameter_names(cfg):
         weight = locate(names, name)
         pieces.setdefault(family.stored_name(cfg, weight.name).removeprefix(bare), []).append((weight, name))
-    sizes = {
-        key: sum(state[name].numel() * (dtype or state[name].dtype).itemsize for _, name in parts)
-        for key, parts in sorted(pieces.items())
-    }
+    kinds = {key: dtype or state[parts[0][1]].dtype for key, parts in sorted(pieces.items())}
+    sizes = {key: sum(state[name].numel() for _, name in pieces[key]) * kinds[key].itemsize for key in kinds}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
+    write_tensors(folder, kinds, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
     config["dtype"] = dtype_name(dtype or state["embedding.tokens.weight"].dtype)
     write_config(folder, config)
 

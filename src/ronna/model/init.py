@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ronna.model.config import Model
+from ronna.model.layers import block_linears
 from ronna.model.transformer import Transformer
 
 EMBEDDINGS = ("embedding.tokens", "embedding.positions", "embedding.segments")
@@ -35,6 +36,12 @@ def hold(model: Transformer, matrices: torch.dtype) -> None:
         if parameter.ndim >= 2:
             parameter.data = parameter.data.to(matrices)
     model.tie()
+
+
+def hold_maps(model: Transformer, matrices: torch.dtype) -> None:
+    """Hold the weights of the linear maps of the blocks, which compute in the precision of their input, in this one."""
+    for _, linear in block_linears(model):
+        linear.weight.data = linear.weight.data.to(matrices)
 
 
 @torch.no_grad()

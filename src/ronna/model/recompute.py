@@ -1,6 +1,7 @@
 """Activations that are not kept from the forward to the backward pass but computed again (Chen et al. 2016)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,13 +29,31 @@ class Recompute(Config):
 
 def recompute_blocks(model: Transformer, config: Recompute) -> None:
     """Let blocks compute again, from now on, wherever a gradient is taken. Raises RonnaError where it has fewer."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    blocks = blocks_of(model)
     whole = counted(config.blocks, len(blocks), "blocks")
     for block in blocks[:whole]:
         block.forward = recomputed(block.forward)  # type: ignore[method-assign]
     rest = blocks[whole:]
     for block in rest[: counted(config.feeds, len(rest), "feeds")]:
         block.feed = recomputed(block.feed)  # type: ignore[method-assign]
+
+
+@contextmanager
+def recomputed_blocks(model: Transformer) -> Iterator[None]:
+    """Inside, every block computes again, whichever did so before."""
+    before = [(block, vars(block).get("forward")) for block in blocks_of(model)]
+    recompute_blocks(model, Recompute(blocks="all"))
+    try:
+        yield
+    finally:
+        for block, own in before:
+            del block.forward
+            if own is not None:
+                block.forward = own  # type: ignore[method-assign]
+
+
+def blocks_of(model: Transformer) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def counted(count: Count, there: int, field: str) -> int:

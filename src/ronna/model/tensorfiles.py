@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+ENTRY = 256  # bytes of a header that one tensor needs at most beside its name
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 AGAIN = "copy or download the folder again"
@@ -48,7 +52,8 @@ class TensorFiles:
 
     def _open(self, path: Path) -> Any:
         try:
-            return self._stack.enter_context(safe_open(path, framework="pt"))
+            # Read, not mapped: pages of a mapped file count as the process's memory until it is closed.
+            return self._stack.enter_context(safe_open(path, framework="pt", backend="pread"))
         except (OSError, SafetensorError) as error:
             raise RonnaError(f"cannot be read: {error}", where=str(path), fix=AGAIN) from None
 
@@ -109,7 +114,8 @@ class TensorFiles:
         """Type, shape and first rows of a tensor, be it floating point or not."""
         piece = self._files[key].get_slice(key)
         shape = tuple(piece.get_shape())
-        return piece.get_dtype(), shape, piece[:rows] if shape else self._files[key].get_tensor(key)
+        head = piece[: min(rows, shape[0])] if shape else self._files[key].get_tensor(key)
+        return piece.get_dtype(), shape, head
 
 
 def fingerprint(folder: Path) -> str:
@@ -123,11 +129,17 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def write_tensors(folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], max_shard_bytes: int) -> None:
+def write_tensors(
+    folder: Path,
+    kinds: Mapping[str, torch.dtype],
+    sizes: Mapping[str, int],
+    make: Callable[[str], Tensor],
+    max_shard_bytes: int,
+) -> None:
     """Write the tensors that `make` returns by key, sharded as transformers does; `sizes` are their bytes.
 
-    One shard's tensors are in memory at a time. Older weights in the folder go, since a reader that finds
-    both kinds takes the wrong ones. Raises OSError or SafetensorError where the disk refuses.
+    One tensor is in memory at a time. Older weights in the folder go, since a reader that finds
+    both kinds takes the wrong ones. Raises OSError where the disk refuses.
     """
     groups = shards(sizes, max_shard_bytes)
     for old in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX):
@@ -137,15 +149,44 @@ def write_tensors(folder: Path, sizes: Mapping[str, int], make: Callable[[str], 
         names = [SINGLE]
     count = 0
     for name, keys in zip(names, groups, strict=True):
-        tensors = {key: make(key).contiguous() for key in keys}
-        count += sum(t.numel() for t in tensors.values())
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        count += save_tensors(folder / name, {key: kinds[key] for key in keys}, make)
     if len(groups) > 1:
         index = {
             "metadata": {"total_parameters": count, "total_size": sum(sizes.values())},
             "weight_map": {key: name for name, keys in zip(names, groups, strict=True) for key in keys},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(
+    path: Path,
+    kinds: Mapping[str, torch.dtype],
+    make: Callable[[str], Tensor],
+    written: Callable[[Tensor], object] = lambda tensor: None,
+) -> int:
+    """Write a safetensors file of the tensors that `make` returns by key, one in memory at a time, and return how many
+    numbers they are. `kinds` are their types; `written` is told of each one that is done.
+
+    Wide numbers come first, so that all lie at a multiple of their size. Where they lie is known at the end, and is
+    written into the room that was left for it.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    room = sum(len(json.dumps(key)) + ENTRY for key in kinds) // 8 * 8 + ENTRY
+    end = count = 0
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for key in sorted(kinds, key=lambda key: (-kinds[key].itemsize, key)):
+            tensor = make(key)
+            size = tensor.numel() * tensor.element_size()
+            header[key] = {"dtype": KINDS[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + size]}
+            end, count = end + size, count + tensor.numel()
+            file.write(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written(tensor)
+            del tensor  # before the next one is made
+        file.seek(0)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        file.write(room.to_bytes(8, "little") + text.ljust(room))
+    return count
 
 
 def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

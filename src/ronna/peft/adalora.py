@@ -3,6 +3,7 @@
 Legend: I inputs, O outputs, r initial rank, R all triplets (a column of P, a number of L, a row of Q) of all maps.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -115,7 +116,7 @@ class Allocator:
         """What a resumption needs, under the names of attributes."""
         return {name: getattr(self, name) for name in ("sensitivity", "uncertainty", "kept")}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 

@@ -36,6 +36,11 @@ PeftConfig = Annotated[
 ]
 
 
+def reads_base(config: PeftConfig) -> bool:
+    """Whether a fresh adapter begins with what the matrices of the blocks are, or do, to the last bit."""
+    return isinstance(config, PrefixConfig) or (isinstance(config, LoraConfig) and config.dora)
+
+
 def longest_text(cfg: Model, config: PeftConfig | None) -> int | None:
     """The most tokens that a text may have beside the virtual ones of a method, or None where nothing says."""
     return room(cfg.max_length, config.tokens if isinstance(config, PromptConfig | PrefixConfig) else 0)

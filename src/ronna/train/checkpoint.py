@@ -17,16 +17,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
+from ronna.model.tensorfiles import save_tensors
 
 MANIFEST, STATE, MODEL = "manifest.json", "state.json", "model"
 FORMAT = 1
@@ -53,13 +54,39 @@ class Checkpoint:
     def model_dir(self) -> Path:
         return self.path / MODEL
 
-    def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors of `stem`.safetensors, on the CPU. Raises RonnaError if the checkpoint has none."""
+    def tensors(self, stem: str) -> "StoredTensors":
+        """The tensors of `stem`.safetensors, on the CPU, read whenever they are asked for.
+
+        Raises RonnaError if the checkpoint has none.
+        """
         file = self.path / f"{stem}.safetensors"
         if not file.is_file():
             has = ", ".join(sorted(f.stem for f in self.path.glob("*.safetensors"))) or "none"
             raise RonnaError(f"holds no tensors called {stem!r} (it has: {has})", where=str(self.path))
-        return load_file(file)
+        return StoredTensors(file)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is looked up: who looks holds it, nobody else.
+
+    Read, not mapped: pages of a mapped file count as the process's memory for as long as one of its tensors is there.
+    """
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt", backend="pread")
+        self._names = self._file.keys()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def save_checkpoint(
@@ -73,19 +100,50 @@ def save_checkpoint(
     keep: int = 2,
     protect: Collection[int] = (),
 ) -> Path:
-    """Write `root`/step-N, then delete what is older than the newest `keep` (never fewer than two).
+    """`write_checkpoint` and `settle_checkpoint`."""
+    staging = write_checkpoint(root, step, tensors=tensors, model_files=model_files, state=state)
+    return settle_checkpoint(staging, hashes=hashes, keep=keep, protect=protect)
 
-    `tensors` maps a file stem to named tensors, `model_files` writes the model into the folder it is given,
-    `state` is strict JSON. The steps in `protect` are never deleted. A whole checkpoint of the same step is
-    never overwritten, a damaged one is set aside. Raises RonnaError when the disk is full, read-only or
-    failing: nothing half-written is left then, older checkpoints are as they were, and training can go on.
+
+def write_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    model_files: Callable[[Path], None],
+    state: dict[str, Any],
+    written: Callable[[Tensor], object] = lambda tensor: None,
+) -> Path:
+    """Hand everything of `root`/step-N to the system, and return the folder it is in for now.
+
+    `tensors` maps a file stem to named tensors, each of which `written` is told of when it is done, `model_files`
+    writes the model into the folder it is given, `state` is strict JSON. A whole checkpoint of the same step is never
+    overwritten, a damaged one is set aside. Raises RonnaError when the disk is full, read-only or failing: nothing
+    half-written is left then, older checkpoints are as they were, and training can go on.
     """
     final = root / f"step-{step:08d}"
     staging = root / f"{final.name}.tmp-{secrets.token_hex(4)}"
-    try:
+    with _staged(staging, final):
         root.mkdir(parents=True, exist_ok=True)
         _set_aside_damaged(final)
-        _write_files(staging, tensors, model_files, state)
+        (staging / MODEL).mkdir(parents=True)
+        for stem, group in tensors.items():
+            kinds = {name: tensor.dtype for name, tensor in group.items()}
+            save_tensors(staging / f"{stem}.safetensors", kinds, group.__getitem__, written)
+        (staging / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+        model_files(staging / MODEL)
+    return staging
+
+
+def settle_checkpoint(staging: Path, *, hashes: dict[str, str], keep: int = 2, protect: Collection[int] = ()) -> Path:
+    """Make a checkpoint of what `write_checkpoint` left: sync it, give it its name and read it back, then delete what
+    is older than the newest `keep` (never fewer than two).
+
+    The steps in `protect` are never deleted. Raises RonnaError as `write_checkpoint` does.
+    """
+    root, final = staging.parent, staging.with_name(staging.name.partition(".tmp-")[0])
+    step = int(final.name.removeprefix("step-"))
+    with _staged(staging, final):
         _write_manifest(staging, step, hashes)
         os.rename(staging, final)
         _sync(root)
@@ -94,25 +152,20 @@ def save_checkpoint(
             reason = f"{final.name} does not read back as it was written: {'; '.join(problems)}"
             raise RonnaError(reason, where=str(root), fix="check the disk; older checkpoints were kept")
         _delete_old(root, step, keep, protect)
-    except (OSError, SafetensorError) as error:
-        raise _disk_error(error, final) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return final
 
 
-def _write_files(
-    folder: Path,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    model_files: Callable[[Path], None],
-    state: dict[str, Any],
-) -> None:
-    (folder / MODEL).mkdir(parents=True)
-    for stem, group in tensors.items():
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in group.items()}
-        save_file(contiguous, folder / f"{stem}.safetensors")
-    (folder / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-    model_files(folder / MODEL)
+@contextmanager
+def _staged(staging: Path, final: Path) -> Iterator[None]:
+    """Whatever fails inside, nothing half-written is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _disk_error(error, final) from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _write_manifest(folder: Path, step: int, hashes: dict[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -15,32 +14,18 @@ from typing import Any, Self
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
-from ronna.train.checkpoint import save_checkpoint
-
-
-def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU that training does not change. Tied tensors, the same memory twice, stay tied."""
-    copies: dict[tuple[object, ...], Tensor] = {}
-    taken: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        # An empty tensor has no address of its own.
-        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        key = view if tensor.numel() else (name,)
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True)
-        taken[name] = copies[key]
-    return taken
+from ronna.train.checkpoint import settle_checkpoint, write_checkpoint
 
 
 class Checkpointer:
-    """Saves into one folder while training goes on: a step that saves pays only for a copy in memory.
+    """Saves into one folder while training goes on: a step that saves pays for handing its numbers to the system, one
+    tensor at a time and without a copy in memory; a thread sees them to the disk.
 
     Use it as a context manager, on one process of a run. It holds a lock on `root` (given up by the system
     even after a kill), so whatever others left half-written there is deleted at the start. A failed save is
     told to `report` and training goes on, with the older checkpoints as they were; leaving the context waits
-    for the last save and raises its RonnaError if it failed. Errors that are not the disk's come out of the
-    next `save` or `wait`. With `background` false a save is on the disk when `save` returns, and needs no
-    memory for a copy.
+    for the last save and raises its RonnaError if it failed. Errors that are not the disk's come out of `save`,
+    or of the next `save` or `wait`.
     """
 
     def __init__(
@@ -50,12 +35,11 @@ class Checkpointer:
         hashes: dict[str, str],
         report: Callable[[str], None],
         keep: int = 2,
-        background: bool = True,
     ):
         """Raises RonnaError when `root` cannot be written to, or when another live process saves there."""
         self.root = root
         self.latest: Path | None = None  # the newest checkpoint this run knows to be whole
-        self._hashes, self._report, self._keep, self._background = hashes, report, keep, background
+        self._hashes, self._report, self._keep = hashes, report, keep
         self._pending: Future[Path] | None = None
         self._failure: RonnaError | None = None
         self._lock = _lock(root)
@@ -68,34 +52,22 @@ class Checkpointer:
         step: int,
         *,
         tensors: Mapping[str, Mapping[str, Tensor]],
-        model: Mapping[str, Tensor],
-        write_model: Callable[[Path, dict[str, Tensor]], None],
+        model_files: Callable[[Path], None],
         state: dict[str, Any],
         protect: Collection[int] = (),
+        written: Callable[[Tensor], object] = lambda tensor: None,
     ) -> None:
-        """Wait for the save before, copy everything, and write it (`save_checkpoint`) behind the training.
-
-        `write_model(folder, tensors)` gets the copy of `model` and runs in another thread, so it must look at
-        nothing else that training changes.
-        """
+        """Wait for the save before, write everything (`write_checkpoint`), and settle it behind the training."""
         self.wait()
-        frozen_state = json.loads(json.dumps(state, allow_nan=False))
-        copy = snapshot if self._background else dict[str, Tensor]
-        weights = copy(model)
-        job = partial(
-            save_checkpoint,
-            self.root,
-            step,
-            tensors={stem: copy(group) for stem, group in tensors.items()},
-            model_files=lambda folder: write_model(folder, weights),
-            state=frozen_state,
-            hashes=self._hashes,
-            keep=self._keep,
-            protect=frozenset(protect),
-        )
+        try:
+            staging = write_checkpoint(
+                self.root, step, tensors=tensors, model_files=model_files, state=state, written=written
+            )
+        except RonnaError as failure:
+            self._failed(failure)
+            return
+        job = partial(settle_checkpoint, staging, hashes=self._hashes, keep=self._keep, protect=frozenset(protect))
         self._pending = self._pool.submit(job)
-        if not self._background:
-            self.wait()
 
     def wait(self) -> None:
         """Until nothing is being saved; `latest` is then up to date."""
@@ -104,11 +76,14 @@ class Checkpointer:
         try:
             self.latest, self._failure = self._pending.result(), None
         except RonnaError as failure:
-            self._failure = failure
-            self._report(f"{failure}\n  training goes on")
+            self._failed(failure)
         finally:
             if self._pending.done():  # not so when Ctrl-C ended the wait
                 self._pending = None
+
+    def _failed(self, failure: RonnaError) -> None:
+        self._failure = failure
+        self._report(f"{failure}\n  training goes on")
 
     def close(self) -> None:
         """Wait for the last save and give up the lock. Raises RonnaError if that save failed."""

@@ -1,7 +1,7 @@
 """What must hold before a run is worth its electricity, checked in seconds on the user's model and data."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ronna.base.errors import RonnaError
+from ronna.model.recompute import recomputed_blocks
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Sample, collate, last_states, of_whole_batch
 from ronna.train.loop import gradients
 
 SAMPLES = 8  # of the first batch, enough for every check
+SKETCH = 4096  # numbers of a tensor that are looked at one by one
+PIECE = 2**22  # numbers of a tensor that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,7 @@ def check_start(model: Transformer, objective: Objective, micros: list[list[Samp
     samples = [sample for micro in micros for sample in micro]
     if not samples:
         return [Check("supervision", False, "the first batch has no sample", "look at the data with `data inspect`")]
-    together = getattr(objective, "together", 1)
-    items = [samples[i : i + together] for i in range(0, len(samples), together)]
-    items.sort(key=lambda item: sum(len(s.tokens) for s in item))
-    few = [s for item in items[: max(2, SAMPLES // together)] for s in item]
+    few = shortest(samples, getattr(objective, "together", 1), max(map(tokens_of, micros)))
     checks = [supervision(objective, samples), ids_in_vocabulary(model, samples), lengths_fit(model, samples)]
     checks += [weights_tied(model), labels_in_set(model, samples)]
     if all(c.ok for c in checks):
@@ -44,6 +44,22 @@ def check_start(model: Transformer, objective: Objective, micros: list[list[Samp
             whole = of_whole_batch(objective)  # samples of an item are in need of each other then
             checks.append(accumulation(model, objective, next(filter(None, micros)) if whole else few))
     return checks
+
+
+def tokens_of(samples: list[Sample]) -> int:
+    return sum(len(s.tokens) + (0 if s.source is None else len(s.source)) for s in samples)
+
+
+def shortest(samples: list[Sample], together: int, room: int) -> list[Sample]:
+    """The shortest items, a few at least and otherwise no more tokens than there is `room` for in a step."""
+    items = [samples[i : i + together] for i in range(0, len(samples), together)]
+    items.sort(key=tokens_of)
+    few, total = list[Sample](), 0
+    for i, item in enumerate(items[: max(2, SAMPLES // together)]):
+        total += tokens_of(item)
+        if i < 2 or total <= room:
+            few += item
+    return few
 
 
 def refuse_failed(checks: list[Check]) -> None:
@@ -143,22 +159,80 @@ def disturbed(batch: Batch, vocab: int) -> Batch:
 
 
 def accumulation(model: Transformer, objective: Objective, samples: list[Sample]) -> Check:
-    """The gradient of a batch must not depend on how it is cut into micro-batches."""
+    """The gradient of a batch must not depend on how it is cut into micro-batches.
+
+    One gradient at a time is held, and the activations and widened weights of one block: a check that needed more
+    memory than the steps would decide how large a model can be trained.
+    """
     first = getattr(objective, "together", 1)
     if len(samples) <= first:
         return Check("accumulation", True, "a single item")
 
-    def gradient(parts: list[list[Sample]]) -> dict[str, Tensor]:
+    def gradient(parts: list[list[Sample]]) -> Sketches:
         model.zero_grad()
-        gradients(model, objective, [collate(objective, p, model.device) for p in parts], seed=0)
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        batches = [collate(objective, p, model.device) for p in parts]
+        with recomputed_blocks(model), Sketches(model) as found:
+            gradients(model, objective, batches, seed=0)
+        return found
 
     whole, cut = gradient([samples]), gradient([samples[:first], samples[first:]])
-    scale = max(float(g.abs().max()) for g in whole.values())
-    worst = max(float((whole[n] - cut[n]).abs().max()) for n in whole) / max(scale, 1e-30)
-    coarsest = max(torch.finfo(g.dtype).eps for g in whole.values())  # gradients are as narrow as their weights
-    ok = worst < max(1e-4, 4 * coarsest)
-    return Check("accumulation", ok, f"gradients in one piece and in two differ by {worst:.1e} of the largest")
+    if not whole.of:
+        return Check("accumulation", True, "nothing to learn in the shortest items")
+    none = torch.zeros(1, device=model.device)
+    differences = [whole.of.get(p, none) - cut.of.get(p, none) for p in whole.of.keys() | cut.of.keys()]
+    coarsest = max(torch.finfo(p.dtype).eps for p in whole.of)  # gradients are as narrow as their weights
+    if coarsest < 1e-6:
+        far, bound = max(float(d.abs().max()) for d in differences) / max(whole.largest, cut.largest, 1e-30), 1e-4
+    else:  # in bf16 a table adds up the rows of its gradient one by one, so that single numbers are far off
+        far, bound = size(differences) / max(whole.size, cut.size, 1e-30), 4 * coarsest
+    return Check("accumulation", far < bound, f"gradients in one piece and in two differ by {far:.1e} of their size")
+
+
+def size(tensors: Iterable[Tensor]) -> float:
+    """Of all of them together: the Euclidean norm."""
+    return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))
+
+
+class Sketches:
+    """Inside, the gradient of each parameter is reduced to a sketch and freed as soon as it is there.
+
+    of: sketches by parameter. As they are linear, those of micro-batches add up to that of the gradient's sum.
+    largest, size: number in, and norm of, the sketches of single micro-batches, which may cancel in their sum.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model, self.of = model, dict[Parameter, Tensor]()
+        self.largest = self.size = 0.0
+
+    def __enter__(self) -> "Sketches":
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.hooks = [p.register_post_accumulate_grad_hook(self.take) for p in learning]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def take(self, p: Parameter) -> None:
+        """Called by autograd with the gradient of one backward pass."""
+        assert p.grad is not None
+        found, p.grad = sketch(p.grad), None
+        self.largest, self.size = max(self.largest, float(found.abs().max())), math.hypot(self.size, size([found]))
+        self.of[p] = self.of[p] + found if p in self.of else found
+
+
+def sketch(x: Tensor) -> Tensor:
+    """Some numbers of a tensor as they are, and the sums of its rows, which every number is in, in fp32.
+
+    A sum of C numbers is divided by sqrt(C), so that it is as large as one of them where signs are mixed.
+    """
+    rows = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
+    columns = rows.shape[1]
+    stride = max(1, x.numel() // SKETCH)
+    while math.gcd(stride, columns) > 1:  # else it would meet the same columns in every row
+        stride += 1
+    sums = [part.sum(1, dtype=torch.float32) for part in rows.split(max(1, PIECE // columns))]
+    return torch.cat([x.reshape(-1)[::stride].float(), *(part / columns**0.5 for part in sums)])
 
 
 class FirstStep:
@@ -204,4 +278,6 @@ def bits(p: Tensor) -> int:
 
 
 def rms(p: Tensor) -> float:
-    return float(torch.linalg.vector_norm(p.detach(), dtype=torch.float32)) / max(1, p.numel()) ** 0.5
+    pieces = p.detach().reshape(-1).split(PIECE)  # torch would widen all of it
+    norms = [float(torch.linalg.vector_norm(piece, dtype=torch.float32)) for piece in pieces]
+    return math.hypot(*norms) / max(1, p.numel()) ** 0.5

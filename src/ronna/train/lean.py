@@ -73,15 +73,11 @@ class EightBitAdamW(ByTensor):
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
         kernels()  # its absence is to be told before training
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.register_load_state_dict_post_hook(as_codes)
 
     def shapes(self, size: torch.Size) -> dict[str, tuple[int, ...]]:
         scales = (-(-size.numel() // BLOCK),)
         return {"step": (), "first": tuple(size), "second": tuple(size), "first_scale": scales, "second_scale": scales}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # which takes codes for moments, and gives them the weights' precision
-        for state in self.state.values():
-            state.update({name: state[name].to(torch.uint8) for name in ("first", "second")})
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -99,6 +95,12 @@ class EightBitAdamW(ByTensor):
             int(state["step"]), group["lr"], signed, unsigned, state["first_scale"], state["second_scale"],
             group["weight_decay"],
         )  # fmt: skip
+
+
+def as_codes(optimizer: Optimizer) -> None:
+    """torch takes codes that it loads for moments, and gives them the weights' precision."""
+    for state in optimizer.state.values():
+        state.update({name: state[name].to(torch.uint8) for name in ("first", "second")})
 
 
 def kernels() -> Any:

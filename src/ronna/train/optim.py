@@ -209,30 +209,37 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back what `optimizer_tensors` gave, bit for bit; `tensors` are the optimizers' from then on.
 
-    Raises RonnaError naming every missing, unknown or wrongly shaped entry, before anything is changed.
+    They are looked up one parameter after another, and twice, so that where they are read from a file an optimizer that
+    puts its states elsewhere does not have them all in memory. Raises RonnaError naming every missing, unknown or
+    wrongly shaped entry, before anything is changed.
     """
     names = _names(named_parameters)
-    saved: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for full_name, tensor in tensors.items():
+    saved: defaultdict[str, list[str]] = defaultdict(list)  # keys by parameter
+    for full_name in tensors:
         name, _, key = full_name.rpartition(".")
-        saved[name][key] = tensor
+        saved[name].append(key)
+
+    def state(name: str) -> dict[str, Tensor]:
+        return {key: tensors[f"{name}.{key}"] for key in saved[name]}
+
     problems: list[str] = []
-    loads: list[tuple[Optimizer, dict[int, dict[str, Tensor]]]] = []
+    loads: list[tuple[Optimizer, dict[int, str]]] = []
+    stepped = set[str]()
     for optimizer in optimizers:
-        states: dict[int, dict[str, Tensor]] = {}
+        stateful: dict[int, str] = {}
         for number, parameter in enumerate(_parameters(optimizer)):
-            name = names[parameter]
-            state = saved.pop(name, {})
-            if _STATELESS not in state:
-                problems += _state_problems(name, parameter, state, optimizer)
-                states[number] = state
-        loads.append((optimizer, states))
-    problems += [f"unknown {name}.{key}" for name, state in saved.items() for key in state]
+            stepped.add(name := names[parameter])
+            if _STATELESS not in saved[name]:
+                problems += _state_problems(name, parameter, state(name), optimizer)
+                stateful[number] = name
+        loads.append((optimizer, stateful))
+    problems += [f"unknown {name}.{key}" for name, keys in saved.items() if name not in stepped for key in keys]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else "")
         fix = "resume with the model and the optimizer the checkpoint was made with"
         raise RonnaError(f"the saved optimizer state does not fit: {shown}", fix=fix)
-    for optimizer, states in loads:
+    for optimizer, stateful in loads:
+        states = {number: state(name) for number, name in stateful.items()}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 

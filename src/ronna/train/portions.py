@@ -6,6 +6,7 @@ is lost, however small it is (stochastic rounding, Gupta et al. 2015).
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,9 @@ class Portions:
                 master.untyped_storage().resize_(0)
             self.of[weight].append(Portion(name, rows, master, copied, number, optimizers[master]))
         self.optimizers = [o for portions in self.of.values() for portion in portions for o in portion.optimizers]
+        if self.shelf is not None:
+            for optimizer in self.optimizers:
+                optimizer.register_load_state_dict_post_hook(partial(put_away, shelf=self.shelf, shelved=self.shelved))
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         for portions in self.of.values():
@@ -90,6 +94,11 @@ class Portions:
                 narrow = part.dtype != master.dtype
                 part.copy_(rounded(master, seed_for(seed, portion.number)) if narrow else master)
                 master.untyped_storage().resize_(0)
+
+    def release(self, x: Tensor) -> None:
+        """Let go of the memory of a state that waits on the shelf, which somebody has looked at."""
+        if self.shelf is not None and x.data_ptr() in self.shelved:
+            self.shelf.release(x)
 
 
 def put_away(optimizer: Optimizer, shelf: Shelf, shelved: set[int]) -> None:

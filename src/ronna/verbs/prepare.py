@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ronna.assemble import hash_files
 from ronna.base.config import config_hash, dump_toml
 from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRow, BadRows, Record
+from ronna.data.files import hash_files
 from ronna.data.shards import documents_done, write_shards
 from ronna.data.sources import find_splits, read_records, resolve
 from ronna.runfile import PrepareRun, TokenizerRun

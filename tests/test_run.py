@@ -1,0 +1,69 @@
+"""What a run holds beside its steps: one model at a time, in the precision that it is to have."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ronna import assemble
+from ronna.run import Training, prepare_run
+
+from .test_resume import tuning
+
+
+def run(base: Path, out: Path, **more: Any) -> Training:
+    train = {"steps": 2, "batch": 8, "length": 32, "precision": "bf16", **more.pop("train", {})}
+    return prepare_run(tuning(base, out, train=train, **more))
+
+
+@pytest.mark.parametrize("more", [{}, {"peft": {"kind": "bitfit"}}], ids=["whole", "adapter"])
+def test_what_was_trained_is_let_go_of_before_the_folder_is_opened(more, tiny_bert, tmp_path, monkeypatch):
+    training = run(tiny_bert, tmp_path / "run", **more)
+    weights = [weakref.ref(p.untyped_storage()) for p in training.parts.model.parameters()]
+    optimizers: list[weakref.ref[Any]] = []
+    optimization = Training.optimization
+
+    def watched(self: Training) -> Any:
+        found = optimization(self)
+        optimizers.extend(map(weakref.ref, found[1]))
+        return found
+
+    monkeypatch.setattr(Training, "optimization", watched)
+    seen = []
+    open_folder = Training.finish.__globals__["open_folder"]
+
+    def opened(*inputs: Any) -> Any:
+        seen.append((sum(ref() is not None for ref in weights), sum(ref() is not None for ref in optimizers)))
+        return open_folder(*inputs)
+
+    monkeypatch.setitem(Training.finish.__globals__, "open_folder", opened)
+    report = training.execute()
+    assert seen == [(0, 0)] and optimizers and report["parameters"] == training.parts.model.cfg.params()
+
+
+def maps(training: Training) -> set[torch.dtype]:
+    return {p.dtype for n, p in training.parts.model.named_parameters() if ".blocks." in n and p.ndim == 2}
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [{"kind": "lora"}, {"kind": "lora", "dora": True}, {"kind": "prefix"}, {"kind": "houlsby"}, {"kind": "bitfit"}],
+    ids=lambda peft: "dora" if "dora" in peft else peft["kind"],
+)
+def test_a_base_that_is_read_narrow_gives_the_same_adapter(peft, tiny_bert, tmp_path, monkeypatch):
+    file = "model/adapter_model.safetensors"
+    run(tiny_bert, tmp_path / "narrow", peft=peft).execute()
+    monkeypatch.setattr(assemble, "hold_maps", lambda model, matrices: None)
+    run(tiny_bert, tmp_path / "wide", peft=peft).execute()
+    assert (tmp_path / "narrow" / file).read_bytes() == (tmp_path / "wide" / file).read_bytes()
+
+
+def test_a_base_is_read_in_the_precision_it_will_be_frozen_in(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("ronna.run.freeze_to", lambda model, dtype: None)
+    asked = {"peft": {"kind": "bitfit"}}
+    assert maps(run(tiny_bert, tmp_path / "a", **asked)) == {torch.bfloat16}
+    assert maps(run(tiny_bert, tmp_path / "b", **asked, train={"precision": "fp32"})) == {torch.float32}
+    assert torch.float32 in maps(run(tiny_bert, tmp_path / "c", peft={"kind": "lora", "dora": True}))
+    assert maps(run(tiny_bert, tmp_path / "d", train={"weights": "bf16"})) == {torch.bfloat16}
