@@ -46,7 +46,7 @@ def test_measured_once(tmp_path: Path, measurements: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "spoilt",
-    ["", "{", "[]", "null", '{"kind": "cpu"}', {"version": 0}, {"torch": "1.0"}, {"name": "another"},
+    ["", "{", "[]", "null", '{"kind": "cpu"}', {"version": 0}, {"torch": "1.0"}, {"name": "another"}, {"threads": 7},
      {"bandwidth": -1.0}, {"costs": {"bytes": "many"}}, {"costs": None}],
 )  # fmt: skip
 def test_what_cannot_be_used_is_measured_anew(tmp_path: Path, measurements: list[int], spoilt: str | dict) -> None:
