@@ -211,7 +211,8 @@ def train(case: Case, heap: Any, steps: int) -> None:
 
     kinds = {"adamw": AdamW(), "adam": Adam(), "sgd": SGD(), "sgd-plain": SGD(momentum=0.0),
              "adafactor": Adafactor(), "muon": Muon()}  # fmt: skip
-    model = build(describe(case), 0)
+    narrow = case.rank is not None and case.precision == "bf16"  # as a folder is read under an adapter
+    model = build(describe(case), 0, torch.bfloat16 if narrow else torch.float32)
     model.compute = torch.bfloat16 if case.precision == "bf16" else torch.float32
     if case.rank is not None:
         adapt(model, LoraConfig(rank=case.rank, targets=case.targets))

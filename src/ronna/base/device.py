@@ -181,13 +181,26 @@ def _host_memory() -> tuple[int, int]:
         return total, sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
     free = _proc_value("/proc/meminfo", "MemAvailable")
     available = int(free.split()[0]) * 1024 if free else total
-    limit = _read(_CGROUP / "memory.max")
-    if limit.isdecimal() and int(limit) < total:
-        total, stat = int(limit), dict(line.split() for line in _read(_CGROUP / "memory.stat").splitlines())
-        # Cached file pages count as used there, but give way to whoever asks for memory.
-        used = int(_read(_CGROUP / "memory.current") or 0) - int(stat.get("inactive_file", 0))
-        available = min(available, total - used)
+    limit, used = _cgroup()
+    if limit is not None and limit < total:
+        total, available = limit, min(available, limit - used)
     return total, available
+
+
+def _cgroup() -> tuple[int | None, int]:
+    """(limit, used) bytes of the control group that this process is in, of either version; None: no limit."""
+    lines = [line.split(":", 2) for line in _read(Path("/proc/self/cgroup")).splitlines()]
+    own = next((path.lstrip("/") for _, kinds, path in lines if "memory" in kinds.split(",")), "")
+    for folder, names in (
+        (_CGROUP, ("memory.max", "memory.current", "inactive_file")),
+        (_CGROUP / "memory" / own, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        (_CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        if (limit := _read(folder / names[0])).isdecimal():
+            # Cached file pages count as used there, but give way to whoever asks for memory.
+            stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            return int(limit), int(_read(folder / names[1]) or 0) - int(stat.get(names[2], 0))
+    return None, 0
 
 
 def _proc_value(path: str, key: str) -> str:

@@ -52,10 +52,6 @@ def estimate(model: c.Model, step: Step) -> Memory:
         workspace=CUDA_WORKSPACE if n.cuda else 0,
         spare=0.0 if n.cuda else SPARE,
     )
-    if (
-        step.adapter is not None and width > n.weight and not n.cuda
-    ):  # what is frozen is built like all the rest, then narrowed
-        walk.begin(model_bytes(model, step) + model.params() * (width - n.weight))
     stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
     inside, outside = ([w for w in learning if w.inside == within] for within in (True, False))
@@ -99,9 +95,6 @@ class Walk:
     def __init__(self, spare: float, **fixed: int):
         self.now = fixed | dict.fromkeys(PASSING, 0)
         self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
-
-    def begin(self, size: int) -> None:
-        self.peak, self.where, self.held = size, "start", {"weights": size}
 
     def moment(self, where: str, passing: int) -> None:
         spare = int(self.spare * (sum(self.now[name] for name in PASSING if name != "holes") + passing))

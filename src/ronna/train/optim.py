@@ -90,6 +90,7 @@ class Muon(Config):
     adamw: AdamW = AdamW()
 
 
+WIDENED = 2**20  # numbers of a gradient that are widened at a time
 OptimizerConfig = Annotated[AdamW | Adam | SGD | Adafactor | Muon | AdamW8bit | Apollo, Field(discriminator="kind")]
 
 
@@ -295,7 +296,10 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     if not gradients:
         return torch.zeros(())
     dtype = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
+    if any(g.dtype != dtype for g in gradients) and gradients[0].device.type == "cpu":
+        norms = tuple(norm_of(g) for g in gradients)
+    else:
+        norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
         return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
@@ -306,6 +310,14 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     for device, group in by_device.items():
         torch._foreach_mul_(group, scale.to(device))
     return total
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """In float32, () on its device. A CPU would widen all of what is narrow first, so it is asked for in pieces."""
+    if gradient.dtype == torch.float32 or gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    pieces = gradient.reshape(-1).split(WIDENED)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in pieces]))
 
 
 def scaled_to(norm: Tensor, max_norm: float) -> Tensor:

@@ -5,7 +5,7 @@ is lost, however small it is (stochastic rounding, Gupta et al. 2015).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from ronna.base.device import seed_for
 from ronna.train.optim import OptimizerConfig, build_apart
 from ronna.train.shelf import LEAST, Shelf
 
+PIECE = 2**18  # numbers that are rounded at a time; a multiple of four, which a word of random bits is for
 ROWS = 2**22  # numbers of a portion, where an optimizer looks at one number at a time: 16 MiB in float32
 ELEMENTWISE = {"adamw", "adam", "sgd", "adamw8bit"}
 
@@ -27,7 +28,7 @@ class Portion(NamedTuple):
     name: str
     rows: slice
     master: Parameter  # what the optimizer steps: the rows themselves, or their copy in float32, empty between steps
-    copied: bool
+    shell: Tensor | None  # what a copy's master has for its data between steps: a shape without numbers
     number: int  # among all portions
     optimizers: list[Optimizer]
 
@@ -48,23 +49,23 @@ class Portions:
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 weights.setdefault(parameter, name)
-        parts: list[tuple[str, Parameter, slice, Parameter]] = []
+        parts: list[tuple[str, Parameter, slice, Parameter, Tensor | None]] = []
         for weight, name in weights.items():
             for rows in cuts(weight, sliced=config.kind in ELEMENTWISE):
                 part = weight.detach()[rows]
                 away = offload and part.is_cuda
                 own = part.dtype == torch.float32 and not away
-                master = Parameter(part if own else torch.empty(part.shape, device="cpu" if away else part.device))
+                shell = None if own else bare_shape(part, "cpu" if away else part.device)
                 whole = rows.start == 0 and rows.stop == len(weight)
-                parts.append((name if whole else f"{name}[{rows.start}:{rows.stop}]", weight, rows, master))
-        optimizers = build_apart(config, [(name, master) for name, _, _, master in parts])
+                title = name if whole else f"{name}[{rows.start}:{rows.stop}]"
+                parts.append((title, weight, rows, Parameter(part if shell is None else shell), shell))
+        optimizers = build_apart(config, [(title, master) for title, _, _, master, _ in parts])
         self.shelf, self.shelved = shelf if offload else None, set[int]()
+        self.spaces = dict[tuple[str, torch.device], Tensor]()
+        self.largest = max((master.numel() for *_, master, _ in parts), default=0)
         self.of: defaultdict[Parameter, list[Portion]] = defaultdict(list)
-        for number, (name, weight, rows, master) in enumerate(parts):
-            copied = master.data_ptr() != weight.detach()[rows].data_ptr()
-            if copied:
-                master.untyped_storage().resize_(0)
-            self.of[weight].append(Portion(name, rows, master, copied, number, optimizers[master]))
+        for number, (title, weight, rows, master, shell) in enumerate(parts):
+            self.of[weight].append(Portion(title, rows, master, shell, number, optimizers[master]))
         self.optimizers = [o for portions in self.of.values() for portion in portions for o in portion.optimizers]
         if self.shelf is not None:
             for optimizer in self.optimizers:
@@ -81,24 +82,48 @@ class Portions:
         assert weight.grad is not None
         for portion in self.of[weight]:
             part, master = weight.detach()[portion.rows], portion.master
-            if portion.copied:
-                master.untyped_storage().resize_(master.numel() * master.element_size())
-                master.copy_(part)
-            master.grad = weight.grad[portion.rows].to(master.device, master.dtype)
+            if portion.shell is not None:
+                master.data = self.space("weights", part.shape, master.device).copy_(part)
+            master.grad = self.wide(weight.grad[portion.rows], master.device)
             for optimizer in portion.optimizers:
                 optimizer.step()
                 if self.shelf is not None:
                     put_away(optimizer, self.shelf, self.shelved)
             master.grad = None
-            if portion.copied:
-                narrow = part.dtype != master.dtype
-                part.copy_(rounded(master, seed_for(seed, portion.number)) if narrow else master)
-                master.untyped_storage().resize_(0)
+            if portion.shell is not None:
+                if part.dtype != master.dtype:
+                    round_into(part, master.detach(), seed_for(seed, portion.number))
+                else:
+                    part.copy_(master)
+                master.data = portion.shell
+
+    def wide(self, gradient: Tensor, device: torch.device) -> Tensor:
+        """Itself where it is in float32 there, else a copy."""
+        if gradient.dtype == torch.float32 and gradient.device == device:
+            return gradient
+        return self.space("gradient", gradient.shape, device).copy_(gradient)
+
+    def space(self, use: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """To put something in for a step; what is not large is there for the next one too, as to find and to give back
+        memory takes longer than to step."""
+        if shape.numel() > ROWS:
+            return torch.empty(shape, device=device)
+        key = use, device
+        if key not in self.spaces or len(self.spaces[key]) < shape.numel():
+            self.spaces[key] = torch.empty(min(ROWS, self.largest), device=device)
+        return self.spaces[key][: shape.numel()].view(shape)
 
     def release(self, x: Tensor) -> None:
         """Let go of the memory of a state that waits on the shelf, which somebody has looked at."""
         if self.shelf is not None and x.data_ptr() in self.shelved:
             self.shelf.release(x)
+
+
+def bare_shape(like: Tensor, device: torch.device | str) -> Tensor:
+    """A float32 tensor of this shape without memory for its numbers."""
+    shell = torch.empty(like.shape, dtype=torch.float32, device=device)
+    shell.untyped_storage().resize_(0)
+    return shell
 
 
 def put_away(optimizer: Optimizer, shelf: Shelf, shelved: set[int]) -> None:
@@ -121,11 +146,21 @@ def cuts(weight: Parameter, sliced: bool) -> Iterator[slice]:
 
 def rounded(x: Tensor, seed: int) -> Tensor:
     """float32 -> bfloat16, up or down with the chances that make the mean x. Not for what is not finite."""
+    found = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    round_into(found, x, seed)
+    return found
+
+
+def round_into(narrow: Tensor, x: Tensor, seed: int) -> None:
+    """The same, some numbers at a time, so that next to nothing is held beside the two."""
+    words, halves = x.reshape(-1).view(torch.int32), narrow.view(-1).view(torch.int16)
+    bits: Callable[[int], Tensor]
     if x.device.type == "cpu":
-        words = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.uint16)
-        noise = torch.from_numpy(words[: x.numel()].astype(np.int32)).view(x.shape)
+        raw = np.random.SFC64(seed)
+        bits = lambda n: torch.from_numpy(raw.random_raw(-(-n // 4)).view(np.uint16)[:n].astype(np.int32))  # noqa: E731
     else:
         rng = torch.Generator(x.device).manual_seed(seed)
-        noise = torch.randint(2**16, x.shape, generator=rng, device=x.device, dtype=torch.int32)
-    # A bfloat16 is the upper half of a float32: noise on the lower half carries over as often as it should.
-    return (noise.add_(x.view(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
+        bits = lambda n: torch.randint(2**16, (n,), generator=rng, device=x.device, dtype=torch.int32)  # noqa: E731
+    for some, half in zip(words.split(PIECE), halves.split(PIECE), strict=True):
+        # A bfloat16 is the upper half of a float32: noise on the lower half carries over as often as it should.
+        half.copy_(bits(len(some)).add_(some).bitwise_right_shift_(16))

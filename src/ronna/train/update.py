@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ronna.objectives.base import Totals
-from ronna.train.optim import clip_gradients, scaled_to
+from ronna.train.optim import clip_gradients, norm_of, scaled_to
 from ronna.train.portions import Portions
 from ronna.train.rows import EmbeddingRows
 
@@ -41,7 +41,7 @@ def gradient_norm(parameter: Parameter) -> float | None:
     if parameter.grad is None:
         return None
     gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-    return float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+    return float(norm_of(gradient))
 
 
 class WholeUpdate:
@@ -123,7 +123,7 @@ class FusedUpdate:
             return
         assert parameter.grad is not None
         if parameter not in self.norms:
-            self.norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+            self.norms[parameter] = norm_of(parameter.grad)
             self.stepping = self.stepping and math.isfinite(float(self.norms[parameter]))
         if self.stepping:
             if self.scale is not None:

@@ -1,7 +1,7 @@
 """What the planner answers, in a terminal and as JSON."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +12,9 @@ from ronna.base.config import Tree
 from ronna.plan.hardware import Device
 from ronna.plan.scaling import best_tokens, expected_loss
 from ronna.plan.search import Plan, Work
+
+if TYPE_CHECKING:
+    from ronna.trial import Taken
 
 SHOWN = 6  # plans that fit; of those that do not, half as many
 BAR = 30  # characters of the longest bar
@@ -29,6 +32,7 @@ class Answer:
     work: Work
     plans: list[Plan]
     settings: Tree
+    taken: "Taken | None" = None  # by real steps of the best plan
 
     @property
     def chosen(self) -> Plan | None:
@@ -48,6 +52,7 @@ class Answer:
             "device": self.device.name,
             "devices": self.devices,
             "memory_bytes": self.device.memory,
+            "tried": None if self.taken is None else asdict(self.taken),
             "plans": [self.of_plan(plan) for plan in self.plans],
         }
 
@@ -96,6 +101,8 @@ def show(answer: Answer, question: PlanRun) -> None:
     console.print(plans(answer))
     if (best := answer.chosen) is not None:
         bars(console, answer, best)
+        if (taken := answer.taken) is not None:
+            console.print(f"tried: {gib(taken.grown + where.taken)}, {duration(taken.seconds)} a step")
         for line in account(answer, question, best):
             console.print(line)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.98  # of the memory that may be planned with
 SIZES = 40  # to compare where time decides
+TRIALS, CLOSE, CAREFUL = 5, 0.02, 1.1  # of a plan; what may be left of the room; what one took that had too little
 OF_A_RUN = {"model", "hardware", "memory", "precision", "exact", "probe", "price", "tokens", "hours", "write", "verb"}
 
 
@@ -60,6 +61,8 @@ def plan(question: PlanRun) -> dict[str, Any]:
         answer, run = of_run(subject)
     else:
         answer = of_largest(subject) if question.largest else of_named(subject)
+    if question.probe and subject.device.kind == "cpu" and run is None:
+        answer = tried(subject, answer)
     show(answer, question)
     best = answer.chosen
     if best is None:
@@ -131,10 +134,41 @@ def of_run(subject: Subject) -> "tuple[Answer, AnyRun]":
     return answered(subject, question.model, Asked(family, cfg, task, work)), run
 
 
-def answered(subject: Subject, title: str, found: Asked) -> Answer:
+def answered(subject: Subject, title: str, found: Asked, correction: float = 1.0) -> Answer:
     work = shared(found.work, subject.devices)
-    plans = search(work, subject.room, lambda step: step_time(work.model, step, subject.device).total)
+    plans = search(work, subject.room, lambda step: step_time(work.model, step, subject.device).total, correction)
     return Answer(title, subject.device, subject.devices, subject.room, found, work, plans, subject.settings)
+
+
+def tried(subject: Subject, answer: Answer) -> Answer:
+    """The same question answered by real steps of the plan: what they take by its estimate corrects all others."""
+    from ronna.trial import Subject as Model
+    from ronna.trial import trial
+
+    question, correction = subject.question, 1.0
+    for _ in range(TRIALS):
+        best = answer.chosen
+        if best is None:
+            return answer
+        pretraining = question.peft is None and answer.asked.task in ("mlm", "clm", "denoise")
+        vocab = {} if question.vocab is None else {"vocab_size": question.vocab}
+        model = Model(question.model, answer.settings | vocab, answer.asked.task, pretraining)
+        taken = trial(model, best.step)
+        grown = int(CAREFUL * best.peak) if taken is None else taken.grown
+        say(f"tried {best.name}: {gib(grown + subject.device.taken)}" + ("" if taken else " or more"))
+        answer = replace(answer, taken=taken)
+        close = answer.room * (1 - CLOSE) <= grown if question.largest else True
+        if taken is not None and grown <= answer.room and close:
+            return answer
+        correction = max(grown / best.memory.peak, correction * 1.02 if taken is None else 0.0)
+        answer = again(subject, answer, correction)
+    return answer
+
+
+def again(subject: Subject, answer: Answer, correction: float) -> Answer:
+    if subject.question.largest and subject.question.hours is None:
+        return of_largest(replace(subject, settings={}), correction)
+    return answered(replace(subject, settings=answer.settings), answer.title, answer.asked, correction)
 
 
 def shared(work: Work, devices: int) -> Work:
@@ -145,7 +179,7 @@ def shared(work: Work, devices: int) -> Work:
     return replace(work, batch=batch, step=replace(work.shape(batch).of(work.step), micro_batches=1))
 
 
-def of_largest(subject: Subject) -> Answer:
+def of_largest(subject: Subject, correction: float = 1.0) -> Answer:
     """The largest of the family's sizes that fits in some way or, with `hours`, the one that becomes best in them."""
     question = subject.question
     if question.model not in PRESETS:
@@ -157,14 +191,15 @@ def of_largest(subject: Subject) -> Answer:
     def ask(i: int) -> Asked:
         return asked(question, family, sizes[i][1], subject.device.kind, subject.compute)
 
-    most = largest(len(sizes), lambda i: some_way_fits(shared(ask(i).work, subject.devices), subject.room))
+    room = int(subject.room / correction)
+    most = largest(len(sizes), lambda i: some_way_fits(shared(ask(i).work, subject.devices), room))
     if most is None:
         what = f"not even the smallest of the family, {sizes[0][1].params():,} parameters, fits"
         raise RonnaError(what, where=f"memory {gib(subject.device.memory)}", fix="give more, or a smaller --batch")
     if question.hours is not None:
         some = sorted({round(most * i / SIZES) for i in range(SIZES + 1)})
         most = min(some, key=lambda i: loss_after(subject, ask(i), question.hours or 0.0))
-    return answered(replace(subject, settings=sizes[most][0]), question.model, ask(most))
+    return answered(replace(subject, settings=sizes[most][0]), question.model, ask(most), correction)
 
 
 def loss_after(subject: Subject, found: Asked, hours: float) -> float:
