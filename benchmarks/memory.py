@@ -154,7 +154,7 @@ def drawing(found: dict[str, list[dict[str, Any]]]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel(f"MiB, {next(iter(found.values()))[0]['parameters'] / 1e6:,.1f} M parameters")
     axes.spines[["top", "right"]].set_visible(False)
-    with rc_context({"svg.hashsalt": "ronna"}):
+    with rc_context({"svg.hashsalt": "ronna", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
+from ronna.model import folder
 from ronna.model.families import Family, Weight, classifier_for, preset
 from ronna.model.folder import Stored, load_folder, load_weights, save_folder
 from ronna.model.init import build, hold
@@ -269,24 +270,27 @@ def test_labels_must_fit_and_token_ids_are_the_tokenizers(tmp_path: Path) -> Non
         save_folder(model, family, tmp_path, extra_config={"pad_token_id": 0})
 
 
-def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a weight is read from the disk, the one before is already gone."""
-    write(tmp_path, "gpt2-tiny")
+@pytest.mark.parametrize("piece", [2**22, 100])
+def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """When a weight, or some rows of one, are read from the disk, those before are already gone."""
+    monkeypatch.setattr(folder, "PIECE", piece)
+    written = write(tmp_path, "gpt2-tiny")
     count = 0
     seen: list[weakref.ref[torch.UntypedStorage]] = []
     read = Stored.read
 
-    def watched(self: Stored, weight: Weight, ndim: int) -> Tensor:
+    def watched(self: Stored, weight: Weight, ndim: int, *rows: int) -> Tensor:
         nonlocal count
         assert all(tensor() is None for tensor in seen)
-        tensor = read(self, weight, ndim)
+        tensor = read(self, weight, ndim, *rows)
+        assert tensor.numel() <= piece
         seen.append(weakref.ref(tensor.untyped_storage()))
         count += tensor.numel()
         return tensor
 
     monkeypatch.setattr(Stored, "read", watched)
     loaded = load_folder(tmp_path)
-    assert count == loaded.model.cfg.params()
+    assert count == loaded.model.cfg.params() and same(loaded.model, written)
 
 
 def test_weights_are_never_held_in_another_precision_than_asked_for(
@@ -320,7 +324,7 @@ def test_weights_come_back_into_the_model_that_is_there(tmp_path: Path, name: st
     load_weights(model, family, tmp_path)
     assert all(torch.equal(p, before[n]) and p.data_ptr() == places[n] for n, p in model.named_parameters())
     other = Transformer(replace(model.cfg, head=None, classifier=c.Classifier(3)))
-    with pytest.raises(RonnaError, match="missing|no place"):
+    with pytest.raises(RonnaError, match=r"missing|no place"):
         load_weights(other, family, tmp_path)
 
 

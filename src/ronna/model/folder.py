@@ -34,6 +34,7 @@ LANGUAGE_MODEL = re.compile(r"LM|Generation|PreTraining|MTModel")
 STALE = {
     "_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels", "tag_transitions"
 }  # fmt: skip
+PIECE = 2**22  # numbers that are read at a time
 GET_ALL = "get the whole folder"
 LABELS = {"id2label", "label2id", "problem_type"}
 BY_LABEL = ("classifier.out.", "classifier.transitions")  # parameters whose shape is the number of labels
@@ -94,7 +95,7 @@ def load_folder(
                 linear.hold(stored.read(places[f"{path}.weight"], 2))
             for name, parameter in model.named_parameters():
                 if name in places:
-                    parameter.copy_(stored.read(places[name], parameter.ndim))
+                    stored.fill(parameter, places[name])
     if fresh:
         initialise(model, seed, only=fresh)
         notes.append(f"not in {folder}, drawn anew: {listed(sorted(fresh))}")
@@ -110,7 +111,7 @@ def load_weights(model: Transformer, family: Family, folder: Path) -> None:
         if fresh:
             raise RonnaError(f"weights are missing: {listed(sorted(fresh))}", where=str(folder), fix=GET_ALL)
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored.read(places[name], parameter.ndim))
+            stored.fill(parameter, places[name])
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
@@ -217,12 +218,20 @@ class Stored:
                 fix="check that config.json belongs to these weights",
             )
 
-    def read(self, weight: Weight, ndim: int) -> Tensor:
-        """One of our tensors, cut out of the stored one where it is fused there."""
+    def fill(self, parameter: Tensor, weight: Weight) -> None:
+        """Read one of our tensors into its place, a large one by some rows at a time."""
+        step = max(1, PIECE // max(1, parameter[0].numel()))
+        for start in range(0, len(parameter), step):
+            stop = min(len(parameter), start + step)
+            parameter[start:stop].copy_(self.read(weight, parameter.ndim, start, stop))
+
+    def read(self, weight: Weight, ndim: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """One of our tensors, or its rows from `start` to `stop`, cut out of the stored one where it is fused there."""
         key = self.keys[weight.name]
         flipped = weight.row or (weight.transpose and ndim == 2)
         rows = self.files.shape(key)[1 if flipped else 0] // weight.parts
-        tensor = self.files.read(key, weight.part * rows, (weight.part + 1) * rows, 1 if flipped else 0)
+        first, last = weight.part * rows + start, weight.part * rows + (rows if stop is None else stop)
+        tensor = self.files.read(key, first, last, 1 if flipped else 0)
         return tensor[0] if weight.row else tensor.T if flipped else tensor
 
 
