@@ -64,6 +64,7 @@ class Fit:
     peak: int
     seconds: float
     where: str
+    tight: bool = False  # whether its heap gives back what is freed
     correction: float = 1.0
     seen: list[int | None] = field(default_factory=list)  # what it took of those that outgrew it
 
@@ -95,7 +96,8 @@ def fitted(
     work, before = work_for(run, data, device, dtype), held_bytes(device)
     limit = describe(str(device)).memory_available + before
     if run.train.memory is None or settled:
-        return as_it_is(run, work, before, limit)
+        resumed = run.train.memory is not None
+        return as_it_is(run, replace(work, step=replace(work.step, tight=resumed)), before, limit)
     return planned(run, work, before, min(limit, parse_bytes(run.train.memory)), 1.0)
 
 
@@ -118,7 +120,8 @@ def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: 
 def as_it_is(run: AnyRun, work: Work, before: int, limit: int) -> Fit:
     memory = estimate(work.model, work.step)
     seconds = step_time(work.model, work.step, this_machine(work.step.device)).total
-    fit = Fit(run, run, work, before, limit, False, memory.peak, seconds, memory.where)
+    tight = work.step.tight or work.step.lean
+    fit = Fit(run, run, work, before, limit, False, memory.peak, seconds, memory.where, tight)
     if fit.planned > limit * (1 + record.UNMEASURED):
         what = f"this run would hold about {gib(fit.planned)}, and there are {gib(limit)}"
         fix = "give --memory, which finds a way that fits, or a smaller train.micro_batch"
@@ -138,7 +141,19 @@ def planned(run: AnyRun, work: Work, before: int, limit: int, correction: float)
         raise RonnaError(what, where="train.memory", fix="give more, a smaller batch or length, or an adapter (--peft)")
     say(f"plan for {gib(limit)}: {best.name}; about {gib(before + best.memory.peak)}, fullest at {best.memory.where}")
     chosen = with_plan(run, best, work)
-    return Fit(chosen, run, work, before, limit, True, best.memory.peak, best.seconds, best.memory.where, careful)
+    return Fit(
+        chosen,
+        run,
+        work,
+        before,
+        limit,
+        True,
+        best.memory.peak,
+        best.seconds,
+        best.memory.where,
+        best.step.tight,
+        careful,
+    )
 
 
 def again(fit: Fit) -> Fit:

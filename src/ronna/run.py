@@ -284,13 +284,14 @@ def prepare_run(
     refuse_lean(run)
     torch.manual_seed(seed_for(run.seed))
     device = choose_device(run.device)
-    heap = Heap() if device.type == "cpu" else None
     dtype, reason = choose_precision(run.train.precision, device)
     if data is None:
         data = read_packed(run) if isinstance(run, PretrainRun) else read_labelled(run)
     if fit is None:
         fit = fitted(run, data, device, dtype, settled=settled)
     run = run if fit is None else fit.run
+    tight = fit is not None and fit.tight
+    heap = Heap(tight) if device.type == "cpu" else None
     parts = assemble(run, data)
     parts.model.compute = dtype
     parts.model.to(device)

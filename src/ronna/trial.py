@@ -83,7 +83,8 @@ def main(tree: Tree) -> None:
     from ronna.base.device import peak_resident_bytes, resident_bytes
     from ronna.base.heap import Heap
 
-    subject, step, heap = Subject(**tree["subject"]), step_of(tree["step"]), Heap()
+    subject, step = Subject(**tree["subject"]), step_of(tree["step"])
+    heap = Heap(step.tight or step.lean)
     family, _ = subject.shape()
     small = replace(subject, model=next(iter(family.presets)), settings=TINY)
     few = Lengths(2, 16)

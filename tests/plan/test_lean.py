@@ -20,7 +20,7 @@ from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import adapt, freeze_to
 from ronna.plan.memory import Step, estimate, model_bytes
 from ronna.plan.shapes import Adapter
-from ronna.plan.weights import Optimizer, portions, weights
+from ronna.plan.weights import Optimizer, portions, spaces, weights
 from ronna.train.lean import AdamW8bit, Apollo
 from ronna.train.loop import gradients
 from ronna.train.optim import Adafactor, AdamW, Muon
@@ -134,7 +134,9 @@ def test_weights_in_four_bits(kind: Any, compute: Any, tmp_path: Path) -> None:
 
 def test_a_portion_is_no_larger_than_it_has_to_be() -> None:
     several = list(weights(preset("llama-130m")[1]))
-    assert portions(Optimizer("adamw"), several, 4, False) == 0
-    narrow = portions(Optimizer("adamw"), several, 2, False)
-    assert narrow == max(4 * max(w.size // w.times for w in several), 16 * 2**22)
-    assert portions(Optimizer("adamw"), several, 4, True) == 8 * 2**22
+    assert portions(Optimizer("adamw"), several, 4, False, False) == 0
+    narrow = portions(Optimizer("adamw"), several, 2, False, False)
+    assert narrow == 0
+    assert portions(Optimizer("adamw8bit"), several, 2, False, False) == 20 * 2**20
+    assert spaces(several, 2) == 8 * 2**20
+    assert portions(Optimizer("adamw"), several, 4, True, False) == 8 * 2**20

@@ -6,7 +6,8 @@ from pathlib import Path
 
 # Address space by which the heap grows each time. Nothing of it is taken before it is used.
 GROWTH = 2**30
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+LARGE = 2**20  # bytes of a block that is mapped apart where memory goes before time
 MADV_HUGEPAGE = 14  # mman.h
 
 
@@ -14,12 +15,16 @@ class Heap:
     """A training step takes and frees the same large blocks over and over. By default each is mapped anew, zeroed
     by the kernel page by page, and found through page tables that no cache holds. Here what is freed is kept, and
     lies in pages of 2 MiB where the kernel has them: a tenth of the step of a small model. The price is memory that
-    is rounded up, and not given back before the process ends.
+    is rounded up, and not given back before the process ends: as holes that only smaller blocks fill, a step can come
+    to hold twice what is alive.
+
+    `tight` is for runs where memory goes before time: large blocks are given back to the system when they are freed,
+    and mapped anew.
 
     Call it now and then: what the heap has grown by is then laid in large pages too, two microseconds if nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tight: bool = False) -> None:
         """Does nothing where there is no glibc or the kernel has no such pages."""
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         self.libc = libc if hasattr(libc, "mallopt") else None
@@ -28,9 +33,15 @@ class Heap:
         self.libc.sbrk.restype = self.libc.malloc.restype = ctypes.c_void_p
         self.libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self.libc.malloc.argtypes, self.libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+        self.end = 0
+        if tight:
+            small = ((M_TRIM_THRESHOLD, 2**27), (M_TOP_PAD, 2**24))  # for what is not
+            for option, value in ((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 2**16), *small):
+                self.libc.mallopt(option, value)
+            self.libc = None
+            return
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, GROWTH)):
             self.libc.mallopt(option, value)
-        self.end = 0
         self.libc.free(self.libc.malloc(2**26))  # more than is free at the top now: the heap grows before the run does
         self()
 

@@ -13,6 +13,7 @@ SLACK = 96
 # keep holes apart. So much of `lost` for every block, and a share of all that comes and goes in a step besides; both
 # measured on the fitted runs of benchmarks/plan_memory.py.
 LOST, SPARE = 1.6, 0.24
+TIGHT, SMALL = 0.05, 40 * 2**20  # a share where large blocks are given back at once, and what small ones come to
 LEAST = 2**14  # smaller blocks find a place
 REPEATS = 2  # blocks until the holes of one are the same as those of the one before, and blocks to measure
 

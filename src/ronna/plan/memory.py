@@ -8,10 +8,10 @@ process grows by, as `ronna.base.heap` has it; on a GPU what torch allocates, wh
 from dataclasses import dataclass
 
 from ronna.model import config as c
-from ronna.plan.heap import SPARE
+from ronna.plan.heap import SMALL, SPARE, TIGHT
 from ronna.plan.inputs import inputs
 from ronna.plan.stretches import Step, Stretch, Table, forward_pass, vocabulary_loss
-from ronna.plan.weights import Weight, adapted, portions, scratch, states, weights
+from ronna.plan.weights import Weight, adapted, portions, scratch, spaces, states, weights
 
 __all__ = ["Memory", "Step", "estimate"]
 
@@ -47,10 +47,11 @@ def estimate(model: c.Model, step: Step) -> Memory:
     width = n.weight if step.adapter is None else 4
     walk = Walk(
         weights=model_bytes(model, step) + table.copy,
-        optimizer=0 if "optimizer" in step.offload else states(step.optimizer, learning, 4) + table.buffer,
+        optimizer=(0 if "optimizer" in step.offload else states(step.optimizer, learning, 4) + table.buffer)
+        + (spaces(learning, width) if step.lean else 0),
         inputs=inputs(model, step.lengths, step.source, step.predicted, n),
         workspace=CUDA_WORKSPACE if n.cuda else 0,
-        spare=0.0 if n.cuda else SPARE,
+        spare=0.0 if n.cuda else TIGHT if step.tight or step.lean else SPARE,
     )
     stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
@@ -94,7 +95,9 @@ class Walk:
 
     def __init__(self, spare: float, **fixed: int):
         self.now = fixed | dict.fromkeys(PASSING, 0)
+        self.holes = int(spare == SPARE)  # else what is freed is given back at once
         self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
+        self.now["holes"] = SMALL if spare == TIGHT else 0
 
     def moment(self, where: str, passing: int) -> None:
         spare = int(self.spare * (sum(self.now[name] for name in PASSING if name != "holes") + passing))
@@ -107,7 +110,7 @@ class Walk:
         self.now["ends" if s.block is None else "activations"] += sign * s.profile.kept
         self.now["casts"] += sign * s.profile.casts
         self.now["ends"] += sign * s.gives
-        self.now["holes"] += sign * s.holes
+        self.now["holes"] += sign * s.holes * self.holes
 
 
 def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
@@ -115,9 +118,9 @@ def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
         walk.moment(f"forward of {s.name}", s.profile.forward)
         walk.add(s, 1)
     if loss is not None:
-        walk.now["holes"] += loss.holes
+        walk.now["holes"] += loss.holes * walk.holes
         walk.moment(loss.name, loss.profile.forward)
-        walk.now["holes"] -= loss.holes
+        walk.now["holes"] -= loss.holes * walk.holes
         walk.now["loss"] += loss.profile.kept
         walk.now["gradients"] += loss.profile.leaf
 
@@ -125,7 +128,7 @@ def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
 def beside_step(step: Step, learning: list[Weight], width: int) -> int:
     """What the optimizer takes for these."""
     if step.lean:
-        return portions(step.optimizer, learning, width, "optimizer" in step.offload)
+        return portions(step.optimizer, learning, width, "optimizer" in step.offload, step.numbers.cuda)
     return scratch(step.optimizer, learning, 4)
 
 

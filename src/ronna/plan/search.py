@@ -17,6 +17,7 @@ from ronna.plan.stretches import Step
 from ronna.plan.weights import Optimizer
 
 Seconds = Callable[[Step], float]
+SLOWER = 1.2  # steps on a heap that gives back what is freed, about
 EIGHT_BIT, LOW_RANK, RANK_ONE = Optimizer("adamw8bit"), Optimizer("apollo"), Optimizer("apollo", rank=1)
 
 
@@ -113,9 +114,11 @@ def ways(work: Work) -> Iterator[Step]:
         if "activations" in offload and (width != asked.weights or optimizer != asked.optimizer) and cpu:
             continue  # too slow to be anybody's first choice
         step = replace(asked, optimizer=optimizer, weights=width, fused_backward=together, clip=clip, offload=offload)
-        if step not in seen:
-            seen.add(step)
-            yield step
+        for tight in {asked.tight, True} if cpu and step == asked else {asked.tight or cpu}:
+            found = replace(step, tight=tight)
+            if found not in seen:
+                seen.add(found)
+                yield found
 
 
 def some_way_fits(work: Work, room: int) -> bool:
@@ -131,13 +134,16 @@ def leanest(work: Work, way: Step) -> Step:
 def best(work: Work, way: Step, room: int, seconds: Seconds, correction: float) -> Plan:
     """The fastest micro-batch with the fewest blocks computed again, or the leanest if nothing fits."""
 
+    def timed(step: Step) -> float:
+        return seconds(step) * (SLOWER if step.tight and not step.lean else 1.0)
+
     def weigh(step: Step) -> tuple[Memory, int]:
         memory = estimate(work.model, step)
         return memory, int(memory.peak * correction)
 
     def plan(step: Step, micro: int, missing: int = 0) -> Plan:
         memory, peak = weigh(step)
-        return Plan(step, micro, memory, peak, seconds(step), exact(work, step), missing, words(work, step, micro))
+        return Plan(step, micro, memory, peak, timed(step), exact(work, step), missing, words(work, step, micro))
 
     asked = micro_of(work)
     micros = [asked] if work.fixed else sizes(asked)
@@ -151,10 +157,10 @@ def best(work: Work, way: Step, room: int, seconds: Seconds, correction: float) 
     found: Plan | None = None
     for micro in micros:
         plain = work.at(way, micro)
-        if found is not None and seconds(plain) >= found.seconds:
+        if found is not None and timed(plain) >= found.seconds:
             break  # fewer items at a time are slower still, before anything is computed again
         step = plain if work.fixed else lightest(work, plain, lambda s: weigh(s)[1] <= room)
-        if step is not None and (found is None or seconds(step) < found.seconds):
+        if step is not None and (found is None or timed(step) < found.seconds):
             found = plan(step, micro)
     return plan(least, micros[-1]) if found is None else found
 
@@ -218,6 +224,8 @@ def words(work: Work, step: Step, micro: int) -> tuple[str, ...]:
         said.append("fused backward")
     if step.clip != asked.clip:
         said.append("no clipping")
+    if step.tight and not (asked.tight or step.lean):
+        said.append("tight heap")
     where = "disk" if step.device == "cpu" else "host"
     said += [f"{what} on {where}" for what in step.offload if what not in asked.offload]
     return tuple(said)

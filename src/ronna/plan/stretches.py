@@ -28,6 +28,7 @@ class Step:
     blocks, the encoder's first, are computed again for the backward pass, and of how many after them the feed-forward
     half. fused_backward: the optimizer steps within the backward pass, one weight at a time; `clip`: with the norm of
     all gradients known before, for which the backward pass is walked twice. offload and quantize: as in a run file.
+    tight: a CPU's heap gives back what is freed, as it does in every `lean` run (see `ronna.base.heap`).
     """
 
     lengths: Lengths
@@ -45,6 +46,7 @@ class Step:
     clip: bool = True
     offload: tuple[Literal["optimizer", "activations"], ...] = ()
     quantize: Literal["nf4", "nf4_double"] | None = None
+    tight: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property

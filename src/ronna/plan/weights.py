@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from ronna.model import config as c
 from ronna.plan.shapes import Adapter
 
-ROWS, ELEMENTWISE = 2**22, {"adamw", "adam", "sgd", "adamw8bit"}  # as in ronna.train.portions
-ROUNDING = 12  # bytes of a number that it takes to round it by chance
+ROWS, ELEMENTWISE = 2**20, {"adamw", "adam", "sgd", "adamw8bit"}  # as in ronna.train.portions
+DEQUANTIZED = 20  # bytes of a number that bitsandbytes takes on a CPU to step what it holds in 8 bits
 Kind = Literal["adamw", "adam", "sgd", "adafactor", "muon", "adamw8bit", "apollo"]
 
 
@@ -161,16 +161,22 @@ def state(optimizer: Optimizer, w: Weight, width: int) -> int:
     return 2 * w.size * width
 
 
-def portions(optimizer: Optimizer, learning: list[Weight], width: int, shelved: bool) -> int:
-    """The same where a step is taken tensor by tensor (see `ronna.train.portions`); `shelved` states come for it."""
+def spaces(learning: list[Weight], width: int) -> int:
+    """What is held for copies of narrow weights and gradients where a step is taken tensor by tensor."""
+    return 0 if width == 4 else 8 * min(ROWS, max(w.size // w.times for w in learning))
+
+
+def portions(optimizer: Optimizer, learning: list[Weight], width: int, shelved: bool, cuda: bool) -> int:
+    """The most bytes beside them that such a step takes (see `ronna.train.portions`); `shelved` states come for it."""
     most = 0
     for w in learning:
         size = w.size // w.times
         part = min(size, ROWS) if optimizer.kind in ELEMENTWISE else size
-        copies = part * (0 if width == 4 else 4 + max(4, ROUNDING))
-        states = state(optimizer, w, 4) // w.times * part // size if shelved else 0
-        most = max(most, copies + states, 0 if width == 4 else 4 * size)  # the norm of a narrow gradient is taken wide
-    return most + scratch(optimizer, learning, 4)
+        taken = 8 * part if width != 4 and part > ROWS else 0
+        taken += state(optimizer, w, 4) // w.times * part // size if shelved else 0
+        taken += DEQUANTIZED * part if optimizer.kind == "adamw8bit" and not cuda else 0
+        most = max(most, taken + scratch(optimizer, [w._replace(times=1)], 4))
+    return most
 
 
 def scratch(optimizer: Optimizer, learning: list[Weight], width: int) -> int:

@@ -20,7 +20,7 @@ from ronna.train.optim import OptimizerConfig, build_apart
 from ronna.train.shelf import LEAST, Shelf
 
 PIECE = 2**18  # numbers that are rounded at a time; a multiple of four, which a word of random bits is for
-ROWS = 2**22  # numbers of a portion, where an optimizer looks at one number at a time: 16 MiB in float32
+ROWS = 2**20  # numbers of a portion, where an optimizer looks at one number at a time: 4 MiB in float32
 ELEMENTWISE = {"adamw", "adam", "sgd", "adamw8bit"}
 
 
