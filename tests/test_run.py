@@ -23,14 +23,14 @@ def test_what_was_trained_is_let_go_of_before_the_folder_is_opened(more, tiny_be
     training = run(tiny_bert, tmp_path / "run", **more)
     weights = [weakref.ref(p.untyped_storage()) for p in training.parts.model.parameters()]
     optimizers: list[weakref.ref[Any]] = []
-    optimization = Training.optimization
+    stepping = Training.train.__globals__["stepping"]
 
-    def watched(self: Training) -> Any:
-        found = optimization(self)
-        optimizers.extend(map(weakref.ref, found[1]))
+    def watched(*inputs: Any) -> Any:
+        found = stepping(*inputs)
+        optimizers.extend(map(weakref.ref, found.optimizers))
         return found
 
-    monkeypatch.setattr(Training, "optimization", watched)
+    monkeypatch.setitem(Training.train.__globals__, "stepping", watched)
     seen = []
     open_folder = Training.finish.__globals__["open_folder"]
 

@@ -62,7 +62,7 @@ def test_weights_move_by_the_rate_where_the_computation_is_in_bf16(tiny_bert, tm
     }
     training = prepare_run(build(FinetuneRun, tree, where="test"))
     before = {n: p.detach().clone() for n, p in training.parts.model.named_parameters() if p.requires_grad}
-    training.execute()
+    training.train()
     after = dict(training.parts.model.named_parameters())
     out = "classifier.out.weight"
     moved = (after[out].detach() - before[out]).abs()

@@ -42,7 +42,7 @@ class Device:
     watts: float
     host: float = DISK
     costs: Mapping[str, float] = field(default_factory=dict)
-    source: str = "data sheet"
+    source: str = "its data sheet"
 
     @property
     def room(self) -> int:
@@ -120,7 +120,17 @@ def cpu(cores: int, flags: Collection[str], memory: int, name: str = "cpu") -> D
     rates: dict[Dtype, float] = {"bf16": cores * bf16 * GB, "fp32": cores * fp32 * GB}
     stream = float(min(cores * STREAM, STREAM_MOST))
     return Device(
-        name, "cpu", memory, rates, stream, stream, PROCESS, cores * CORE_WATTS, DISK, {}, "guess by its flags"
+        name,
+        "cpu",
+        memory,
+        rates,
+        stream,
+        stream,
+        PROCESS,
+        cores * CORE_WATTS,
+        DISK,
+        {},
+        "a guess by its flags (--probe measures)",
     )
 
 
@@ -132,7 +142,9 @@ def measured(found: Rates, memory: int) -> Device:
     host = 25.0 * GB if cuda else DISK
     link = host if cuda else found.bandwidth
     kind: Literal["cpu", "cuda"] = "cuda" if cuda else "cpu"
-    return Device(found.name, kind, memory, rates, found.bandwidth, link, taken, watts, host, found.costs, "measured")
+    return Device(
+        found.name, kind, memory, rates, found.bandwidth, link, taken, watts, host, found.costs, "measured rates"
+    )
 
 
 def plain(name: str) -> str:

@@ -97,11 +97,13 @@ class Walk:
         self.now = fixed | dict.fromkeys(PASSING, 0)
         self.holes = int(spare == SPARE)  # else what is freed is given back at once
         self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
-        self.now["holes"] = SMALL if spare == TIGHT else 0
+        self.tight = spare == TIGHT
 
     def moment(self, where: str, passing: int) -> None:
         spare = int(self.spare * (sum(self.now[name] for name in PASSING if name != "holes") + passing))
-        total = sum(self.now.values()) + passing + spare
+        total = sum(self.now.values()) + passing
+        spare += min(SMALL, total // 4) if self.tight else 0
+        total += spare
         if total > self.peak:
             self.peak, self.where = total, where
             self.held = self.now | {"passing": passing, "holes": self.now["holes"] + spare}

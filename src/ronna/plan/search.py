@@ -80,12 +80,13 @@ class Plan:
 
 
 def search(work: Work, room: int, seconds: Seconds, correction: float = 1.0) -> list[Plan]:
-    """The best of every way: those that fit, exact ones first, by time; then the rest, by what they lack.
+    """The best of every way: those that fit, exact ones first, by time, but before all what was asked for if it does;
+    then the rest, by what they lack.
 
     room: bytes that the run may grow by. correction: what a measurement of this model took, by its estimate.
     """
     found = [best(work, way, room, seconds, correction) for way in ways(work)]
-    fitting = sorted((p for p in found if p.fits), key=lambda p: (not p.exact, p.seconds, p.peak))
+    fitting = sorted((p for p in found if p.fits), key=lambda p: (not p.exact, p.step != work.step, p.seconds, p.peak))
     return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.missing)
 
 

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from ronna.asked import Asked, PlanRun
 from ronna.base.config import Tree
+from ronna.base.rates import cache_folder
+from ronna.plan import record
 from ronna.plan.hardware import Device
 from ronna.plan.scaling import best_tokens, expected_loss
 from ronna.plan.search import Plan, Work
@@ -96,8 +98,9 @@ def show(answer: Answer, question: PlanRun) -> None:
     several = f"{answer.devices} x " if answer.devices > 1 else ""
     console.print(f"{answer.title}: {number(work.model.params())} parameters, {answer.asked.task}"
                   + "".join(f", {key} {value}" for key, value in answer.settings.items()))  # fmt: skip
-    console.print(f"on {several}{where.name}: {gib(where.memory)}, {where.source}; {work.step.compute}, "
+    console.print(f"on {several}{where.name}: {gib(where.memory)}; {work.step.compute}, "
                   f"{answer.devices * work.batch} sequences a step")  # fmt: skip
+    console.print(f"memory {basis(where)}, times by {where.source}")
     console.print(plans(answer))
     if (best := answer.chosen) is not None:
         bars(console, answer, best)
@@ -105,6 +108,17 @@ def show(answer: Answer, question: PlanRun) -> None:
             console.print(f"tried: {gib(taken.grown + where.taken)}, {duration(taken.seconds)} a step")
         for line in account(answer, question, best):
             console.print(line)
+
+
+def basis(where: Device) -> str:
+    """What an estimate of memory rests on, and how far to trust it."""
+    if where.kind == "cuda":
+        return "by arithmetic (no GPU has been measured against it yet)"
+    lines = record.read(cache_folder(), where.kind)
+    margin = f"{record.margin(lines):.0%}"
+    if len(lines) < record.ENOUGH:
+        return f"by arithmetic, which has been up to {margin} too low"
+    return f"by arithmetic; nineteen of twenty runs here took at most {margin} more"
 
 
 def plans(answer: Answer) -> Table:

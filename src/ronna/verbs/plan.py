@@ -96,7 +96,10 @@ def hardware(question: PlanRun) -> tuple[int, Device]:
         if limit is None:
             raise RonnaError("which one?", where="hardware gpu", fix="say how much memory it has: --memory 24GiB")
         near = min(CARDS, key=lambda card: abs(card.memory - limit))
-        number, found = 1, replace(near, name=f"a GPU of {gib(limit)}", memory=limit, source=f"times of {near.name}")
+        number, found = (
+            1,
+            replace(near, name=f"a GPU of {gib(limit)}", memory=limit, source=f"the data sheet of {near.name}"),
+        )
     else:
         number, found = device(name)
     return number, found if limit is None else replace(found, memory=min(found.memory, limit))
@@ -246,6 +249,9 @@ def write(question: PlanRun, source: "Subject | AnyRun", answer: Answer, best: P
     if path.suffix != ".toml":
         raise RonnaError("not the name of a run file", where=f"write {path}", fix="end it in .toml")
     planned = with_plan(run, best, answer.work)
+    if best.step.tight and not best.step.lean:  # what a heap that gives back is for, only a limit tells
+        train = planned.train.model_copy(update={"memory": question.memory})
+        planned = planned.model_copy(update={"train": train})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_toml(planned), encoding="utf-8")

@@ -1,0 +1,108 @@
+"""The largest model under an enforced limit: what the planner says, whether it trains, and what a larger one does.
+
+    python benchmarks/largest.py --memory 2GiB [--model llama-130m] [--batch 4] [--length 128] [--steps 10] [--bisect]
+
+The planner is asked with `--largest --probe`, its run file is trained for some steps in a control group that may hold
+no more, and so are models of the same family, larger by 5%, with the same settings. With --bisect the largest of the
+family that trains three steps there is found by real runs alone. Needs Linux and the right to make a control group.
+Prints a JSON line a run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memory import shards
+
+from ronna.asked import PlanRun, published
+from ronna.base.config import build, dump_toml, read_toml
+from ronna.plan.hardware import parse_bytes
+from ronna.plan.scaling import largest
+from ronna.runfile import PretrainRun
+from ronna.verbs.plan import ladder, plan
+
+ROOT = Path("/sys/fs/cgroup")
+
+
+@contextmanager
+def limited(size: int) -> Iterator[Path]:
+    """A control group of memory, of either version, that may hold so many bytes and no swap."""
+    v1 = (ROOT / "memory").is_dir()
+    group = (ROOT / "memory" if v1 else ROOT) / f"ronna-{os.getpid()}"
+    group.mkdir()
+    (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(size))
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str, Any]:
+    """What becomes of a run within the group."""
+    out = folder / f"run-{time.time_ns()}"
+    tree = run.model_copy(update={"out": str(out), "train": run.train.model_copy(update={"steps": steps})})
+    path = folder / "limited.toml"
+    path.write_text(dump_toml(tree))
+    command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", sys.executable, "-m", "ronna"]
+    began = time.perf_counter()
+    done = subprocess.run([*command, "pretrain", str(path)], capture_output=True, text=True, check=False)
+    found: dict[str, Any] = {"code": done.returncode, "seconds": round(time.perf_counter() - began, 1)}
+    if done.returncode == 0:
+        report = json.loads((out / "report.json").read_text())
+        found |= {"peak": report["memory"]["peak_bytes"], "planned": report["memory"]["planned_bytes"]}
+        found["step_seconds"] = round(report["train"]["seconds"] / steps, 2)
+        found["tokens_per_second"] = report["train"]["tokens_per_second"]
+    else:
+        found["said"] = done.stderr.strip().splitlines()[-2:]
+    subprocess.run(["rm", "-rf", str(out)], check=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", default="2GiB")
+    parser.add_argument("--model", default="llama-130m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--bisect", action="store_true")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, limited(parse_bytes(a.memory)) as group:
+        folder = Path(name)
+        data = shards(folder)
+        question: dict[str, Any] = {"model": a.model, "memory": a.memory, "hardware": "cpu", "batch": a.batch}
+        question |= {"length": a.length, "vocab": 8192, "largest": True, "probe": True}
+        question |= {"write": f"{folder}/plan.toml", "data": data, "out": f"{folder}/out"}
+        asked = build(PlanRun, question, where="largest")
+        answer = plan(asked)
+        best = answer["plans"][0]
+        print(json.dumps({"planned": answer["parameters"], "way": best["name"], "peak": best["peak_bytes"],
+                          "tried": answer["tried"]}), flush=True)  # fmt: skip
+        run = build(PretrainRun, read_toml(f"{folder}/plan.toml"), where="plan.toml")
+        print(json.dumps({"run": answer["parameters"]} | trained(run, folder, group, a.steps)), flush=True)
+        sizes = ladder(asked, published(asked, a.model)[1])
+
+        def at(i: int, steps: int) -> dict[str, Any]:
+            model = run.model.model_copy(update={"settings": sizes[i][0]})
+            found = trained(run.model_copy(update={"model": model}), folder, group, steps)
+            print(json.dumps({"run": sizes[i][1].params(), "settings": sizes[i][0]} | found), flush=True)
+            return found
+
+        at(next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= 1.05 * answer["parameters"]), a.steps)
+        if a.bisect:
+            low = next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= 0.9 * answer["parameters"])
+            high = next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= 1.12 * answer["parameters"])
+            most = largest(high - low, lambda i: at(low + i, 3)["code"] == 0)
+            print(json.dumps({"bisection": None if most is None else sizes[low + most][1].params()}))
+
+
+if __name__ == "__main__":
+    main()
