@@ -76,12 +76,16 @@ def this_machine(kind: Literal["cpu", "cuda"], probe: bool = False) -> Device:
     """By what has been measured of it, if anything has or is to be with `probe`; else a CPU as its flags tell."""
     there = host()
     if kind == "cuda" or probe:  # torch finds out about the one and does the other
-        found = describe(kind)
-        return measured(rates(kind), found.memory_available)
+        return measured_here(kind)
     before = known("cpu", there.name)
     if before is not None:
         return measured(before, there.available)
     return cpu(there.cores, there.flags, there.available, there.name)
+
+
+def measured_here(kind: Literal["cpu", "cuda"]) -> Device:
+    """Some seconds the first time."""
+    return measured(rates(kind), describe(kind).memory_available)
 
 
 def task_of(cfg: c.Model) -> Pretraining:

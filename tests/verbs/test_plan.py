@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ronna import asked as asking
+from ronna import trial as trials
 from ronna.asked import RANKS, PlanRun
 from ronna.base.config import build, read_toml
 from ronna.base.errors import RonnaError
@@ -15,8 +17,10 @@ from ronna.cli import main
 from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
-from ronna.plan.hardware import parse_bytes
+from ronna.plan.hardware import PROCESS, cpu, parse_bytes
+from ronna.plan.memory import estimate
 from ronna.runfile import FinetuneRun, PretrainRun
+from ronna.trial import Taken
 from ronna.verbs.plan import plan
 
 
@@ -156,6 +160,16 @@ def test_it_writes_runs_that_can_be_read(tmp_path: Path) -> None:
     assert again["plans"][0]["name"] == "as asked for"
 
 
+def test_the_largest_is_written_with_its_shape(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    answer = ask(model="llama-60m", largest=True, memory="1GiB", hardware="cpu", batch=2, data="d", write=str(path))
+    run = build(PretrainRun, read_toml(path), where=str(path))
+    assert run.model.settings == answer["settings"] != {}
+    again = ask(model=str(path), memory="1GiB", hardware="cpu")
+    assert again["parameters"] == answer["parameters"]
+    assert again["plans"][0]["name"] == "as asked for"
+
+
 def test_a_written_adapter_has_a_base(tiny_bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     ask(model=str(tiny_bert), peft="houlsby", rank=4, data="rows.csv", write=str(path), length=32)
@@ -182,3 +196,36 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out.out)["device"] == "h200"
     assert "best" in out.err and "tokens take" in out.err
     assert main(["plan", "--model", "gpt2", "--hours", "-1"]) == 2
+
+
+@pytest.mark.parametrize("ratio", [0.8, 1.0, 1.3])
+def test_a_plan_is_corrected_by_what_its_steps_take(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every step took so many times what the formulas say."""
+
+    def trial(model: Any, step: Any) -> Taken:
+        return Taken(int(ratio * estimate(model.shape()[1], step).peak), 1.0)
+
+    monkeypatch.setattr(trials, "trial", trial)
+    monkeypatch.setattr(asking, "measured_here", lambda kind: cpu(2, ["avx2"], 2**40))
+    limit = parse_bytes("1500MiB")
+    question: dict[str, Any] = {"model": "llama-60m", "memory": "1500MiB", "hardware": "cpu", "probe": True}
+    usual = ask(**question, batch=8, length=256)
+    assert usual["tried"]["grown"] <= limit
+    peak = usual["plans"][0]["peak_bytes"]
+    assert peak == pytest.approx(usual["tried"]["grown"] / min(ratio, 1) + PROCESS, rel=0.02)
+    most = ask(**question, batch=4, length=128, largest=True)
+    assert 0.93 * limit < most["tried"]["grown"] + PROCESS <= 0.98 * limit
+
+
+def test_what_ends_for_want_of_memory_is_planned_leaner(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def trial(model: Any, step: Any) -> Taken | None:
+        asked.append(estimate(model.shape()[1], step).peak)
+        return None if len(asked) < 3 else Taken(asked[-1], 1.0)
+
+    monkeypatch.setattr(trials, "trial", trial)
+    monkeypatch.setattr(asking, "measured_here", lambda kind: cpu(2, ["avx2"], 2**40))
+    answer = ask(model="llama-60m", memory="1500MiB", hardware="cpu", probe=True, batch=8, length=256)
+    assert asked[0] > asked[1] > asked[2]
+    assert answer["tried"]["grown"] == asked[2]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.98  # of the memory that may be planned with
 SIZES = 40  # to compare where time decides
-TRIALS, CLOSE, CAREFUL = 5, 0.02, 1.1  # of a plan; what may be left of the room; what one took that had too little
+TRIALS, CLOSE, CAREFUL = 5, 0.03, 1.1  # of a plan; what may be left of the room; what one took that had too little
 OF_A_RUN = {"model", "hardware", "memory", "precision", "exact", "probe", "price", "tokens", "hours", "write", "verb"}
 
 
@@ -70,7 +70,7 @@ def plan(question: PlanRun) -> dict[str, Any]:
         what = f"nothing fits: the leanest way ({lacking.name}) lacks {gib(lacking.missing)} of {gib(where.memory)}"
         raise RonnaError(what, where=answer.title, fix=advice(question))
     if question.write is not None:
-        write(question, subject if run is None else run, answer, best)
+        write(question, run, answer, best)
     return answer.as_json()
 
 
@@ -148,7 +148,8 @@ def tried(subject: Subject, answer: Answer) -> Answer:
     from ronna.trial import Subject as Model
     from ronna.trial import trial
 
-    question, correction = subject.question, 1.0
+    question = subject.question
+    found: Answer | None = None  # the largest that has been seen to fit
     for _ in range(TRIALS):
         best = answer.chosen
         if best is None:
@@ -157,15 +158,17 @@ def tried(subject: Subject, answer: Answer) -> Answer:
         vocab = {} if question.vocab is None else {"vocab_size": question.vocab}
         model = Model(question.model, answer.settings | vocab, answer.asked.task, pretraining)
         taken = trial(model, best.step)
-        grown = int(CAREFUL * best.peak) if taken is None else taken.grown
+        grown = int(CAREFUL * max(best.peak, answer.room)) if taken is None else taken.grown
         say(f"tried {best.name}: {gib(grown + subject.device.taken)}" + ("" if taken else " or more"))
         answer = replace(answer, taken=taken)
-        close = answer.room * (1 - CLOSE) <= grown if question.largest else True
-        if taken is not None and grown <= answer.room and close:
-            return answer
-        correction = max(grown / best.memory.peak, correction * 1.02 if taken is None else 0.0)
+        if taken is not None and grown <= answer.room:
+            smaller = found is not None and answer.work.model.params() <= found.work.model.params()
+            found = found if found is not None and smaller else answer
+            if not question.largest or smaller or grown >= answer.room * (1 - CLOSE):
+                return found
+        correction = grown / best.memory.peak
         answer = again(subject, answer, correction)
-    return answer
+    return answer if found is None else found
 
 
 def again(subject: Subject, answer: Answer, correction: float) -> Answer:
@@ -236,15 +239,15 @@ def ladder(question: PlanRun, base: c.Model) -> list[tuple[Tree, c.Model]]:
 # The run file
 
 
-def write(question: PlanRun, source: "Subject | AnyRun", answer: Answer, best: Plan) -> None:
-    """A run file that does as the plan says."""
+def write(question: PlanRun, run: "AnyRun | None", answer: Answer, best: Plan) -> None:
+    """A run file that does as the plan says, of `run` where the question was about one."""
     from ronna.planned import named_run, with_plan
 
     assert question.write is not None
     if answer.devices > 1:
         fix = "ask for one device, or leave out --write"
         raise RonnaError("runs on several devices cannot be written yet", where="write", fix=fix)
-    run = named_run(question, answer.asked, source.settings) if isinstance(source, Subject) else source
+    run = named_run(question, answer.asked, answer.settings) if run is None else run
     path = Path(question.write)
     if path.suffix != ".toml":
         raise RonnaError("not the name of a run file", where=f"write {path}", fix="end it in .toml")
