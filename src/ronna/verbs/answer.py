@@ -93,7 +93,7 @@ def number(n: float) -> str:
 
 
 def show(answer: Answer, question: PlanRun) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     where, work = answer.device, answer.work
     several = f"{answer.devices} x " if answer.devices > 1 else ""
     console.print(f"{answer.title}: {number(work.model.params())} parameters, {answer.asked.task}"
