@@ -48,7 +48,10 @@ def limited(size: int) -> Iterator[Path]:
 def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str, Any]:
     """What becomes of a run within the group."""
     out = folder / f"run-{time.time_ns()}"
-    tree = run.model_copy(update={"out": str(out), "train": run.train.model_copy(update={"steps": steps})})
+    # Judged and saved once, at the end: a checkpoint of such a model is gigabytes.
+    train = run.train.model_copy(update={"steps": steps, "evaluate_every": steps, "save_every": steps})
+    data = run.data.model_copy(update={"validation_rows": 4})
+    tree = run.model_copy(update={"out": str(out), "train": train, "data": data})
     path = folder / "limited.toml"
     path.write_text(dump_toml(tree))
     command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", sys.executable, "-m", "ronna"]
