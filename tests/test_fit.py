@@ -27,6 +27,12 @@ CPU = torch.device("cpu")
 WORDS = "the film was good bad great awful a plot with acting and music dull bright story never always fun".split()
 
 
+@pytest.fixture(autouse=True)
+def no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of other tests, some of processes that hold nothing, are not to decide the margin of these."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def empty(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The process holds nothing, or what is put here for one look each."""
