@@ -205,9 +205,9 @@ def train(case: Case, heap: Any, steps: int) -> None:
     from ronna.peft.lora import LoraConfig
     from ronna.peft.methods import adapt, freeze_to
     from ronna.train.loop import Run, TrainConfig
-    from ronna.train.optim import SGD, Adafactor, Adam, AdamW, Muon, build_optimizer
-    from ronna.train.rows import EmbeddingRows
+    from ronna.train.optim import SGD, Adafactor, Adam, AdamW, Muon
     from ronna.train.schedule import Constant
+    from ronna.train.stepping import stepping
 
     kinds = {"adamw": AdamW(), "adam": Adam(), "sgd": SGD(), "sgd-plain": SGD(momentum=0.0),
              "adafactor": Adafactor(), "muon": Muon()}  # fmt: skip
@@ -219,17 +219,15 @@ def train(case: Case, heap: Any, steps: int) -> None:
         freeze_to(model, model.compute)
     vocab = model.cfg.embedding.vocab
     used = None if case.used is None else torch.arange(int(vocab * case.used))
-    rows = EmbeddingRows(model, used)
-    optimizers = build_optimizer(kinds[case.optimizer], rows.named_parameters(model.named_parameters()))
     objective = objective_of(case)
 
     def feed(step: int) -> list[Any]:
         return [collate(objective, samples_of(case, vocab, step, i)) for i in range(case.micro_batches)]
 
     config = TrainConfig(batch=case.batch, evaluate_every=steps, save_every=steps)
-    hooks = [heap]
+    hooks, ways = [heap], stepping(model, kinds[case.optimizer], config, used, None)
     Run(
-        model, objective, feed, optimizers, Constant(), config, steps, 0, Silent(), rows=rows, hooks=hooks
+        model, objective, feed, ways.optimizers, Constant(), config, steps, 0, Silent(), hooks=hooks, update=ways.update
     ).train()  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ronna.base.track import say
 from ronna.model.families import with_dropout
 from ronna.packed import Packed
 from ronna.plan import record
-from ronna.plan.hardware import parse_bytes
+from ronna.plan.hardware import gib, parse_bytes
 from ronna.plan.memory import estimate
 from ronna.plan.search import Work, search
 from ronna.plan.time import step_time
@@ -179,7 +179,3 @@ def as_planned(run: AnyRun, out: Path) -> AnyRun:
         return run
     train = run.train.model_copy(update={name: getattr(before.train, name) for name in CHOSEN})
     return run.model_copy(update={"train": train, "optim": before.optim})
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"

@@ -36,6 +36,8 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     record.add(tmp_path / "file", Line("cpu", 1, 1))
+    assert record.read(tmp_path / "file", "cpu") == []
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_margin() -> None:

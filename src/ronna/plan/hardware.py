@@ -183,3 +183,7 @@ def parse_bytes(text: str) -> int:
         fix = 'give a number above 0 and a unit, such as "24GiB" (1024 each) or "24GB" (1000 each)'
         raise RonnaError("not an amount of memory", where=f"memory {text!r}", fix=fix)
     return round(size)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"

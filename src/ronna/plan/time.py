@@ -16,7 +16,7 @@ from ronna.plan.memory import estimate
 from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
 from ronna.plan.stretches import Step, Table, read_positions
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
-from ronna.plan.work import PRODUCTS, Part, Work, embedding, halves, heads, norm, total, vocabulary
+from ronna.plan.work import PRODUCTS, Scene, Work, embedding, halves, heads, norm, total, vocabulary
 
 # Bytes that move for a number: read and written, backward also what was kept. Of `words`, three passes in fp32.
 MOVED = {"forward": 2, "backward": 3}
@@ -181,7 +181,7 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
         last = stack is model.last
         reads = read_positions(model, step) if last else None
         done.add(embedding(model, stack, lengths, n, table.sparse))
-        part = Part(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
+        part = Scene(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
         for one, two in of_blocks(stack, part, reads):
             repeated = (one, two) if number < step.blocks else (two,) if number < step.blocks + step.feeds else ()
             for half in repeated:
@@ -204,7 +204,7 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
     return Parts(done.forward, done.backward, again, loss.forward + loss.backward)
 
 
-def of_blocks(stack: c.Stack, part: Part, reads: int | None) -> Iterator[tuple[Work, Work]]:
+def of_blocks(stack: c.Stack, part: Scene, reads: int | None) -> Iterator[tuple[Work, Work]]:
     """Of each block; the first one's input has no gradient where the embedding is frozen."""
     known: dict[tuple[c.Block, int | None, bool], tuple[Work, Work]] = {}
     for i, cfg in enumerate(stack.blocks):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ronna.model import config as c
-from ronna.plan.blocks import WRITTEN_OUT, mask_bytes
+from ronna.plan.blocks import WRITTEN_OUT, Scene, mask_bytes
 from ronna.plan.layers import MERGED, TOGETHER
 from ronna.plan.shapes import Lengths, Numbers, View
 
@@ -59,22 +59,6 @@ class Work:
         self.forward.update(one)
         for _ in range(gradients):
             self.backward.update(one)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What the blocks of a stack have in common. source: what `cross` attention reads."""
-
-    dim: int
-    lengths: Lengths
-    source: Lengths | None
-    causal: bool
-    bias: c.RelativeBias | None
-    numbers: Numbers
-
-    @property
-    def rows(self) -> int:
-        return self.numbers.rows(self.lengths.total)
 
 
 def linear(w: Work, rows: int, sides: tuple[int, int], bias: bool, n: Numbers, path: str, needs: bool) -> None:
@@ -138,7 +122,7 @@ def spread(w: Work, view: View, width: int, gathered: bool = False) -> None:
 
 
 def attend(
-    w: Work, p: Part, cfg: c.Attention, views: tuple[View, View], mask: bool, needs: tuple[bool, bool, bool]
+    w: Work, p: Scene, cfg: c.Attention, views: tuple[View, View], mask: bool, needs: tuple[bool, bool, bool]
 ) -> None:
     """Scores, softmax and values over rectangles of queries and keys, each spread before and gathered after; `needs`:
     which of queries, keys and values have a gradient."""
@@ -173,7 +157,7 @@ def attend(
     spread(w, queries, wide, gathered=True)
 
 
-def attend_flat(w: Work, p: Part, cfg: c.Attention, lengths: Lengths) -> None:
+def attend_flat(w: Work, p: Scene, cfg: c.Attention, lengths: Lengths) -> None:
     """By a kernel that takes sequences as they are, and skips what nobody may see."""
     n, width = p.numbers, cfg.heads * cfg.head_dim
     mean = lengths.total / lengths.sequences
@@ -186,7 +170,7 @@ def attend_flat(w: Work, p: Part, cfg: c.Attention, lengths: Lengths) -> None:
     w.backward.update({"flash backward": 2.5 * flops, "bytes": 2 * moved, "calls": 1})
 
 
-def attention(w: Work, p: Part, cfg: c.Attention, reads: int | None, needs: bool) -> bool:
+def attention(w: Work, p: Scene, cfg: c.Attention, reads: int | None, needs: bool) -> bool:
     """Of x (rows, C), or of its `reads` positions that somebody reads. Whether there is a gradient to what it gives."""
     n, tokens, rows = p.numbers, p.lengths.total, p.rows
     inner, kv, e = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim, n.compute
@@ -216,7 +200,7 @@ def attention(w: Work, p: Part, cfg: c.Attention, reads: int | None, needs: bool
     return below or learns(n, "attention.out")
 
 
-def cross(w: Work, p: Part, cfg: c.Attention, reads: int | None) -> None:
+def cross(w: Work, p: Scene, cfg: c.Attention, reads: int | None) -> None:
     n, source, e = p.numbers, p.source, p.numbers.compute
     assert source is not None
     inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
@@ -230,7 +214,7 @@ def cross(w: Work, p: Part, cfg: c.Attention, reads: int | None) -> None:
     linear(w, rows, (inner, p.dim), cfg.out_bias, n, "cross.out", True)
 
 
-def feed_forward(w: Work, p: Part, cfg: c.FeedForward, rows: int, needs: bool) -> None:
+def feed_forward(w: Work, p: Scene, cfg: c.FeedForward, rows: int, needs: bool) -> None:
     n, e, hidden = p.numbers, p.numbers.compute, rows * cfg.hidden
     if cfg.gated:
         merged(w, rows, p.dim, [("ffn.gate", cfg.hidden), ("ffn.up", cfg.hidden)], cfg.bias, n, needs)
@@ -243,7 +227,7 @@ def feed_forward(w: Work, p: Part, cfg: c.FeedForward, rows: int, needs: bool) -
     linear(w, rows, (cfg.hidden, p.dim), cfg.bias, n, "ffn.down", below)
 
 
-def residual(w: Work, p: Part, cfg: c.Block, normed: bool, rows: int) -> None:
+def residual(w: Work, p: Scene, cfg: c.Block, normed: bool, rows: int) -> None:
     """What stands around a layer: norm, dropout, the sum."""
     if normed:
         norm(w, cfg.norm, rows * p.dim)
@@ -251,7 +235,7 @@ def residual(w: Work, p: Part, cfg: c.Block, normed: bool, rows: int) -> None:
     w.moves(3 * rows * p.dim * p.numbers.compute)
 
 
-def halves(cfg: c.Block, p: Part, reads: int | None, needs: bool) -> tuple[Work, Work]:
+def halves(cfg: c.Block, p: Scene, reads: int | None, needs: bool) -> tuple[Work, Work]:
     """Of a block: up to its feed-forward, and that. `needs`: whether what it reads has a gradient."""
     rows = p.rows if reads is None else p.numbers.rows(reads)
     first, second = Work(), Work()

@@ -11,7 +11,7 @@ from ronna.asked import Asked, PlanRun
 from ronna.base.config import Tree
 from ronna.base.rates import cache_folder
 from ronna.plan import record
-from ronna.plan.hardware import Device
+from ronna.plan.hardware import Device, gib
 from ronna.plan.scaling import best_tokens, expected_loss
 from ronna.plan.search import Plan, Work
 
@@ -71,10 +71,6 @@ class Answer:
             "step_seconds": plan.seconds,
             "tokens_per_second": self.rate(plan),
         }
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
 
 
 def duration(seconds: float) -> str:

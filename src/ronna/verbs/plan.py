@@ -14,12 +14,12 @@ from ronna.base.errors import RonnaError
 from ronna.base.track import say
 from ronna.model import config as c
 from ronna.model.families import PRESETS, preset
-from ronna.plan.hardware import CARDS, Device, device, parse_bytes
+from ronna.plan.hardware import CARDS, Device, device, gib, parse_bytes
 from ronna.plan.scaling import expected_loss, largest, proportions
 from ronna.plan.search import Plan, Work, search, some_way_fits
 from ronna.plan.shapes import Dtype
 from ronna.plan.time import step_time
-from ronna.verbs.answer import Answer, gib, show
+from ronna.verbs.answer import Answer, show
 
 if TYPE_CHECKING:
     from ronna.planned import AnyRun
