@@ -3,7 +3,8 @@
     python benchmarks/plan_lean.py [unseen | fitted | both]
 
 As `plan_memory.py`, for blocks computed again, 8 bits, APOLLO, weights in bf16, the fused backward pass, offloading and
-a heap that gives back what is freed. The two constants of such a heap (`ronna.plan.heap`) were found on FITTED.
+a heap that gives back what is freed, whose two constants were found on FITTED like that of a rehearsal
+(`ronna.plan.heap`).
 """
 
 import statistics
@@ -38,11 +39,18 @@ FITTED = [
     Case("llama-60m", "clm", 8, 256, {"tight": True, "blocks": 4, "feeds": 4}),
     Case("gpt2", "clm", 2, 256, {"optimizer": MINI, "weights": "bf16", "blocks": 4, **BARE}, {"n_layer": 4}),
     Case("bert-small", "mlm", 16, 128, {"optimizer": EIGHT}),
+    Case("bert-medium", "mlm", 16, 128, {"blocks": 8}),
+    Case("bert-medium", "mlm", 8, 256, {"feeds": 8}, compute="fp32"),
+    Case("llama-60m", "clm", 4, 256, {"blocks": 8}),
     Case("t5-small", "denoise", 4, 128, {"offload": ("optimizer", "activations"), "tight": True}, {"num_layers": 3}),
 ]
 UNSEEN = [
-    Case("bert-medium", "mlm", 16, 128, {"blocks": 8}),
-    Case("bert-medium", "mlm", 8, 256, {"feeds": 8}, compute="fp32"),
+    Case("bert-base", "mlm", 8, 128, {"blocks": 6}, {"num_hidden_layers": 6}),
+    Case("roberta-base", "mlm", 4, 256, {"blocks": 3}, {"num_hidden_layers": 4, "vocab_size": 30000}, compute="fp32"),
+    Case("modernbert-mini", "mlm", 32, 256, {"blocks": 2, "feeds": 2}),
+    Case("gpt2", "clm", 2, 512, {"feeds": 6}, {"n_layer": 6}),
+    Case("llama-130m", "clm", 4, 128, {"blocks": 6, "micro_batches": 2}, {"num_hidden_layers": 8}),
+    Case("t5-small", "denoise", 16, 128, {"blocks": 12}),
     Case("llama-130m", "clm", 4, 128, {"optimizer": EIGHT, "weights": "bf16", "blocks": 12, **BARE}),
     Case("llama-130m", "clm", 2, 256, {"weights": "bf16", "tight": True, "blocks": 6}),
     Case("gpt2", "clm", 4, 128, {"fused_backward": True, "feeds": 6}, {"n_layer": 6}),

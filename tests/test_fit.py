@@ -115,7 +115,7 @@ def test_a_report_has_both_figures_and_the_record_a_line(shards, tmp_path):
     memory = report["memory"]
     assert 0 < memory["planned_bytes"] < 2 * memory["peak_bytes"]
     line = record.read(cache_folder(), "cpu")[len(before)]
-    assert (line.planned, line.measured) == (memory["planned_bytes"], memory["peak_bytes"])
+    assert memory["planned_bytes"] - line.planned == memory["peak_bytes"] - line.measured > 0  # what was there before
     assert line.planned_seconds > 0 and line.measured_seconds > 0
 
 
@@ -230,7 +230,7 @@ def test_a_resumed_run_keeps_its_plan(shards, tmp_path, empty):
     with pytest.raises(Interrupted):
         training.execute()
     for _ in range(record.ENOUGH):  # which changes the margin, and with it what would be planned now
-        record.add(cache_folder(), Line("cpu", 100, 300))
+        record.add(cache_folder(), Line("cpu", record.TELLING, 3 * record.TELLING))
     execute(run("cut"), resume=True)
     record.path(cache_folder()).unlink()
     whole, cut = (read_toml(tmp_path / name / "run.toml")["train"] for name in ("whole", "cut"))

@@ -24,6 +24,7 @@ from ronna.plan.search import Work, search
 from ronna.plan.time import step_time
 from ronna.planned import AnyRun, heaviest, with_plan, work_of
 from ronna.runfile import FinetuneRun, PretrainRun
+from ronna.trial import warm_up
 
 SHARE = 0.98  # of the memory that a run may come to hold
 CAREFUL = 1.15  # what a run took that ended for want of memory, by its estimate, at the least
@@ -83,7 +84,7 @@ class Fit:
 
     def remember(self, device: torch.device, peak: int, seconds: float) -> None:
         """Add this run to the record of plans."""
-        record.add(cache_folder(), record.Line(device.type, self.planned, peak, self.seconds, seconds))
+        record.add(cache_folder(), record.Line(device.type, self.peak, peak - self.before, self.seconds, seconds))
 
 
 def fitted(
@@ -93,7 +94,11 @@ def fitted(
     devices that there are no formulas for. Raises RonnaError where nothing fits."""
     if device.type not in ("cpu", "cuda"):
         return None
-    work, before = work_for(run, data, device, dtype), held_bytes(device)
+    work = work_for(run, data, device, dtype)
+    if device.type == "cpu":
+        kind = run.objective.kind if isinstance(run, PretrainRun) else run.task.kind
+        warm_up(data.family, kind, isinstance(run, PretrainRun), work.step)
+    before = held_bytes(device)
     limit = describe(str(device)).memory_available + before
     if run.train.memory is None or settled:
         resumed = run.train.memory is not None

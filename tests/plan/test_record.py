@@ -41,9 +41,13 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
 
 
 def test_margin() -> None:
+    def grown(percent: int, planned: int = record.TELLING) -> Line:
+        return Line("cpu", planned, planned * percent // 100)
+
     assert record.margin([]) == record.UNMEASURED
-    few = [Line("cpu", 100, 150)] * (record.ENOUGH - 1)
+    few = [grown(150)] * (record.ENOUGH - 1)
     assert record.margin(few) == record.UNMEASURED
-    assert record.margin([Line("cpu", 100, 90)] * 40) == record.LEAST
-    mixed = [Line("cpu", 100, 100)] * 38 + [Line("cpu", 100, 107), Line("cpu", 100, 160)]
+    assert record.margin([grown(90)] * 40) == record.LEAST
+    mixed = [grown(100)] * 38 + [grown(107), grown(160)]
     assert record.margin(mixed) == pytest.approx(0.07)
+    assert record.margin([*mixed, *[grown(300, record.TELLING - 1)] * 40]) == pytest.approx(0.07)

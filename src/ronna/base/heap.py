@@ -7,7 +7,7 @@ from pathlib import Path
 # Address space by which the heap grows each time. Nothing of it is taken before it is used.
 GROWTH = 2**30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
-LARGE = 2**20  # bytes of a block that is mapped apart where memory goes before time
+LARGE = 2**18  # bytes of a block that is mapped apart where memory goes before time
 MADV_HUGEPAGE = 14  # mman.h
 
 

@@ -3,14 +3,13 @@
 Legend: T tokens, C channels, M positions read, V vocabulary, B sequences.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from ronna.model import config as c
 from ronna.plan.heap import Heap
 from ronna.plan.layers import activation, dropout, linear, norm
 from ronna.plan.shapes import Lengths, Numbers
-from ronna.plan.tape import Profile, Tape, Value
+from ronna.plan.tape import Events, Profile, Tape, Value, most
 
 CHUNK_ELEMENTS, TILE_ELEMENTS = 2**26, 2**21  # as in ronna.model.loss
 CHUNKS = 8  # after so many they find the holes of those before
@@ -105,29 +104,24 @@ def vocabulary_loss(vocab: int, dim: int, words: int, bias: bool, n: Numbers) ->
     is the gradient of the head's weights, which the forward pass leaves."""
     states = words * dim * n.compute
     gradient = vocab * dim * n.weight if n.learns else 0
-    heap, at, live, most = Heap(), dict[str, tuple[int, int]](), 0, 0
-    for name, size in chunks(vocab, dim, words, n):
-        if size:
-            at[name] = heap.take(size)
-            live += size
-            most = max(most, live)
-        else:
-            start, size = at.pop(name)
-            heap.free(start, size)
-            live -= size
+    parts = list(chunks(vocab, dim, words, n))
+    fullest, heap = most(iter(parts), {}), Heap()
+    heap.play(iter(parts), {})
     kept = states + (vocab * n.weight if bias and n.learns else 0)
-    profile = Profile(states + most, kept, 0, kept + gradient, gradient, states, 0, False)
-    return profile, 0 if n.cuda else max(0, heap.high - most)
+    profile = Profile(states + fullest, kept, 0, kept + gradient, gradient, states, 0, False)
+    return profile, 0 if n.cuda else max(0, heap.high - fullest)
 
 
-def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Iterator[tuple[str, int]]:
-    """What the loss makes, by name, and its bytes; 0 where it goes."""
-    e, table = n.compute, vocab * dim
+def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Events:
+    """What the loss makes, by name, and its bytes; 0 where it goes. Of the `states` and of the head's weights, the
+    gradients stay."""
+    e, table, narrow = n.compute, vocab * dim, n.compute != n.weight
     rows = min(words, max(64, CHUNK_ELEMENTS // vocab))
-    if e != n.weight:
+    if narrow:
         yield "cast", table * e
     yield "states", words * dim * e
-    for i in range(min(CHUNKS, -(-words // rows))):
+    count = min(CHUNKS, -(-words // rows))
+    for i in range(count):
         part = min(rows, words - i * rows)
         yield f"logits {i}", part * vocab * e
         if i:
@@ -139,9 +133,14 @@ def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Iterator[tuple[str, 
         if not n.learns:
             continue
         yield f"product {i}", table * e
-        if i > (e == n.weight):  # the first product is the gradient, if it has its precision
+        if i > (not narrow):  # the first product is the gradient, if it has its precision
             yield f"product {i - 1}", 0
-        if e != n.weight:  # the first one is cast and stays; the others are cast to be added
+        if narrow:  # the first one is cast and stays; the others are cast to be added
             yield "gradient" if i == 0 else "wide", table * n.weight
             if i:
                 yield "wide", 0
+    if narrow:
+        yield "cast", 0
+    yield f"logits {count - 1}", 0
+    if n.learns and (narrow or count > 1):
+        yield f"product {count - 1}", 0

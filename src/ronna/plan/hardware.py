@@ -110,7 +110,7 @@ CORES: tuple[tuple[str, float, float], ...] = (
     ("", 2, 6),
 )
 STREAM, STREAM_MOST = 10 * GB, 200 * GB  # bytes/s of memory, of one core and of all
-PROCESS = 350 * MIB  # of Python, torch and what it loads
+PROCESS = 375 * MIB  # of Python, torch and what it loads
 CORE_WATTS = 8.0
 
 

@@ -5,15 +5,17 @@ left it, only by smaller ones, and what nothing smaller fills stays empty up to 
 """
 
 from bisect import bisect_left, insort
+from typing import Any
 
-from ronna.plan.tape import Tape, Value
+from ronna.plan.tape import Events, Tape, Value
 
 SLACK = 96
 # Over whole steps, more is lost than in their forward passes: small objects come to lie between the large blocks and
 # keep holes apart. So much of `lost` for every block, and a share of all that comes and goes in a step besides; both
 # measured on the fitted runs of benchmarks/plan_memory.py.
 LOST, SPARE = 1.6, 0.24
-TIGHT, SMALL = 0.05, 40 * 2**20  # a share where large blocks are given back at once, and what small ones come to
+REHEARSED = 1.172  # what a step takes by what it takes in a rehearsal
+TIGHT, SMALL = 0.05, 20 * 2**20  # a share where large blocks are given back at once, and what small ones come to
 LEAST = 2**14  # smaller blocks find a place
 REPEATS = 2  # blocks until the holes of one are the same as those of the one before, and blocks to measure
 
@@ -63,6 +65,14 @@ class Heap:
         self.holes.pop(bisect_left(self.holes, (size, start)))
         del self.starts[start], self.ends[start + size]
 
+    def play(self, events: Events, at: dict[Any, tuple[int, int]]) -> None:
+        """`at`: start and size of what is there, by name."""
+        for name, size in events:
+            if size:
+                at[name] = self.take(size)
+            else:
+                self.free(*at.pop(name, (0, 0)))
+
 
 def lost(halves: list[tuple[Tape, Value]]) -> int:
     """Bytes that the heap grows by, for one more block of these, beyond what the block keeps."""
@@ -70,21 +80,11 @@ def lost(halves: list[tuple[Tape, Value]]) -> int:
     x = heap.take(halves[0][0].sizes[halves[0][0].start.storage])
     for _ in range(2 * REPEATS):
         for tape, out in halves:
-            x = forward(heap, tape, out, x)
+            at = {tape.start.storage: x}
+            heap.play(tape.forward((out,)), at)
+            if tape.start.storage not in tape.lives((out,))[0]:
+                heap.free(*at.pop(tape.start.storage))
+            x = at[out.storage]
         highs.append(heap.high)
     held = sum(tape.profile(out).held for tape, out in halves)
     return max(0, (highs[-1] - highs[REPEATS]) // REPEATS - held)
-
-
-def forward(heap: Heap, tape: Tape, out: Value, x: tuple[int, int]) -> tuple[int, int]:
-    """Where the output lies that a stretch makes of what lies at x."""
-    at, (_, going) = {tape.start.storage: x}, tape.lives((out,))
-    for op, gone in zip(tape.ops, going, strict=False):
-        at |= {s: heap.take(tape.sizes[s]) for s in op.made}
-        heap.free(*heap.take(op.work))
-        for s in gone:
-            heap.free(*at.pop(s, (0, 0)))
-    start = tape.start.storage
-    if start in going[-1]:
-        heap.free(*at.pop(start))
-    return at[out.storage]

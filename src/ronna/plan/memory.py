@@ -8,15 +8,17 @@ process grows by, as `ronna.base.heap` has it; on a GPU what torch allocates, wh
 from dataclasses import dataclass
 
 from ronna.model import config as c
-from ronna.plan.heap import SMALL, SPARE, TIGHT
+from ronna.plan.heap import REHEARSED, SMALL, SPARE, TIGHT
 from ronna.plan.inputs import inputs
-from ronna.plan.stretches import Step, Stretch, Table, forward_pass, vocabulary_loss
-from ronna.plan.weights import Weight, adapted, portions, scratch, spaces, states, weights
+from ronna.plan.rehearsal import Rehearsal
+from ronna.plan.stretches import Step, Stretch, Table, forward_pass, loss_parts, vocabulary_loss
+from ronna.plan.weights import Weight, adapted, pieces, portions, scratch, spaces, states, weights
 
 __all__ = ["Memory", "Step", "estimate"]
 
 BITS = {"nf4": 4.5, "nf4_double": 4.127}  # a weight, scales included
 CUDA_WORKSPACE = 32 * 2**20  # of matrix products on recent cards
+BITSANDBYTES = 43 * 2**20  # what a process grows by that loads it
 PASSING = ("gradients", "activations", "ends", "casts", "loss", "holes")  # what is not there between two steps
 
 
@@ -50,7 +52,7 @@ def estimate(model: c.Model, step: Step) -> Memory:
         optimizer=(0 if "optimizer" in step.offload else states(step.optimizer, learning, 4) + table.buffer)
         + (spaces(learning, width) if step.lean else 0),
         inputs=inputs(model, step.lengths, step.source, step.predicted, n),
-        workspace=CUDA_WORKSPACE if n.cuda else 0,
+        workspace=workspace(step),
         spare=0.0 if n.cuda else TIGHT if step.tight or step.lean else SPARE,
     )
     stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
@@ -70,6 +72,11 @@ def estimate(model: c.Model, step: Step) -> Memory:
         walk.moment("gradients by rows", once)
         walk.now["gradients"] = dense + once
         walk.moment("optimizer", beside)
+    if walk.keeps_holes and (step.blocks or step.feeds):
+        parts = [] if loss is None else list(loss_parts(model, step))
+        optimizer = [size for w in learning for size in pieces(step.optimizer, w)]
+        grown = Rehearsal(stretches, parts, optimizer, beside).high(step.micro_batches)
+        walk.at_least(walk.now["weights"] + table.buffer + int(REHEARSED * grown))
     blocks = [0] * sum(len(stack.blocks) for stack in (model.encoder, model.decoder) if stack)
     for s in stretches:
         if s.block is not None:
@@ -90,12 +97,18 @@ def estimate(model: c.Model, step: Step) -> Memory:
     )
 
 
+def workspace(step: Step) -> int:
+    if step.device == "cuda":
+        return CUDA_WORKSPACE
+    return BITSANDBYTES if step.optimizer.kind == "adamw8bit" or step.quantize else 0
+
+
 class Walk:
     """What is there now, by component, and what there was at the fullest moment."""
 
     def __init__(self, spare: float, **fixed: int):
         self.now = fixed | dict.fromkeys(PASSING, 0)
-        self.holes = int(spare == SPARE)  # else what is freed is given back at once
+        self.keeps_holes = spare == SPARE  # else what is freed is given back at once
         self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
         self.tight = spare == TIGHT
 
@@ -108,11 +121,17 @@ class Walk:
             self.peak, self.where = total, where
             self.held = self.now | {"passing": passing, "holes": self.now["holes"] + spare}
 
+    def at_least(self, peak: int) -> None:
+        """Of the fullest moment."""
+        if peak > self.peak:
+            self.held["holes"] += peak - self.peak
+            self.peak = peak
+
     def add(self, s: Stretch, sign: int) -> None:
         self.now["ends" if s.block is None else "activations"] += sign * s.profile.kept
         self.now["casts"] += sign * s.profile.casts
         self.now["ends"] += sign * s.gives
-        self.now["holes"] += sign * s.holes * self.holes
+        self.now["holes"] += sign * s.holes * self.keeps_holes
 
 
 def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
@@ -120,9 +139,9 @@ def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
         walk.moment(f"forward of {s.name}", s.profile.forward)
         walk.add(s, 1)
     if loss is not None:
-        walk.now["holes"] += loss.holes * walk.holes
+        walk.now["holes"] += loss.holes * walk.keeps_holes
         walk.moment(loss.name, loss.profile.forward)
-        walk.now["holes"] -= loss.holes * walk.holes
+        walk.now["holes"] -= loss.holes * walk.keeps_holes
         walk.now["loss"] += loss.profile.kept
         walk.now["gradients"] += loss.profile.leaf
 
@@ -149,7 +168,7 @@ def backward(walk: Walk, stretches: list[Stretch], step: Step, stepping: tuple[i
             memory = 0
         memory = max(memory, s.memory)
         beside = stepping[s.block is None]
-        walk.moment(f"backward of {s.name}", s.profile.backward + memory + beside)
+        walk.moment(f"backward of {s.name}", s.profile.backward + memory + max(0, beside - s.added))
         walk.now["gradients"] += s.rows + (s.profile.leaf if step.keeps_gradients else 0)
 
 

@@ -9,11 +9,13 @@ LINES = 200  # the newest, which are kept
 ENOUGH = 12  # from which on they are believed more than what the formulas were found to miss by
 UNMEASURED = 0.11  # the most by which an estimate was too low or too high on configurations that were not fitted
 LEAST = 0.02
+TELLING = 2**28  # bytes of growth below which a run says more of what libraries load than of the formulas
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes that a process was to hold and held at its most; seconds of a step likewise, 0 where nobody foretold."""
+    """Bytes that a process was to grow by and grew by at its most; seconds of a step likewise, 0 where nobody
+    foretold."""
 
     kind: str  # cpu or cuda
     planned: int
@@ -57,7 +59,7 @@ def add(folder: Path, line: Line) -> None:
 
 def margin(lines: list[Line]) -> float:
     """Share by which a run may take more than was foretold: what nineteen in twenty stayed below."""
-    over = sorted(max(0.0, line.measured / line.planned - 1) for line in lines)
+    over = sorted(max(0.0, line.measured / line.planned - 1) for line in lines if line.planned >= TELLING)
     if len(over) < ENOUGH:
         return UNMEASURED
     return max(LEAST, over[min(len(over) - 1, int(0.95 * len(over)))])

@@ -12,7 +12,7 @@ from ronna.plan import ends
 from ronna.plan.blocks import Scene, attention_half, feed_half
 from ronna.plan.heap import LOST, lost
 from ronna.plan.shapes import BYTES, Adapter, Dtype, Lengths, Numbers
-from ronna.plan.tape import Profile
+from ronna.plan.tape import Events, Profile, Tape, Value
 from ronna.plan.weights import Optimizer
 
 WORTHWHILE = 0.7  # as in ronna.train.rows
@@ -71,7 +71,8 @@ class Step:
 class Stretch(NamedTuple):
     """Of a step. block: its number among all, None outside of the blocks. memory: bytes of the encoder's states that it
     reads. gives: those that it leaves for others. rows: of the token table, gradients by rows. holes: those that it
-    leaves in the heap."""
+    leaves in the heap. added: a gradient of the table that goes as it is added to the head's, before the optimizer
+    steps. parts: what it consists of, and what each gives; `again`: computed again."""
 
     name: str
     profile: Profile
@@ -80,6 +81,9 @@ class Stretch(NamedTuple):
     gives: int = 0
     rows: int = 0
     holes: int = 0
+    added: int = 0
+    parts: tuple[tuple[Tape, tuple[Value, ...]], ...] = ()
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,17 @@ def read_positions(model: c.Model, step: Step) -> int | None:
 def vocabulary_loss(model: c.Model, step: Step) -> Stretch | None:
     if model.head is None:
         return None
-    words = step.lengths.total if step.predicted is None else step.predicted
-    sizes = model.embedding.vocab, model.dim, words, model.head.bias
-    profile, holes = ends.vocabulary_loss(*sizes, step.numbers)
+    profile, holes = ends.vocabulary_loss(*loss_sizes(model, step), model.head.bias, step.numbers)
     return Stretch("loss", profile, holes=holes)
+
+
+def loss_sizes(model: c.Model, step: Step) -> tuple[int, int, int]:
+    """V, C, M."""
+    return model.embedding.vocab, model.dim, step.lengths.total if step.predicted is None else step.predicted
+
+
+def loss_parts(model: c.Model, step: Step) -> Events:
+    return ends.chunks(*loss_sizes(model, step), step.numbers)
 
 
 def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
@@ -139,34 +150,43 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
         reads = read_positions(model, step) if last else None
         t, x = ends.embedding(model, stack, lengths, n, dense, there)
         by_rows = lengths.total * model.dim * n.weight if table.sparse else 0
-        yield Stretch(f"{name}'s embedding", t.profile(x, keep_leaves=keep, away=n.away), rows=by_rows)
+        profile = t.profile(x, keep_leaves=keep, away=n.away)
+        added = dense if there else 0
+        yield Stretch(f"{name}'s embedding", profile, rows=by_rows, added=added, parts=((t, (x,)),))
         there = True
         scene = Scene(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
-        for i, (first, second, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
+        for i, (a, b, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
             where = f"{name} block {i}"
             if number < step.blocks:
-                yield Stretch(where, again(together(first, second, keep)), number, memory)
+                both = again(together(a.profile, b.profile, keep))
+                yield Stretch(where, both, number, memory, parts=(a.part, b.part), again=True)
             else:
-                second = again(second) if number < step.blocks + step.feeds else second
-                yield Stretch(where, first, number, memory, holes=holes)
-                yield Stretch(where, second, number)
+                feed = number < step.blocks + step.feeds
+                yield Stretch(where, a.profile, number, memory, holes=holes, parts=(a.part,))
+                yield Stretch(where, again(b.profile) if feed else b.profile, number, parts=(b.part,), again=feed)
             number += 1
         rows = scene.rows if reads is None else n.rows(reads)
         read = lengths.total if reads is None else reads
         t, x = ends.ending(stack, model.dim, rows, read, True, n)
         if last:
             outs = ends.heads(t, x, model, read, step.lengths.sequences, reads is None, step.predicted, n)
-            yield Stretch("heads", t.profile(*outs, keep_leaves=keep, away=n.away))
+            yield Stretch("heads", t.profile(*outs, keep_leaves=keep, away=n.away), parts=((t, tuple(outs)),))
         else:
             memory = lengths.total * model.dim * n.compute
-            yield Stretch(f"{name}'s end", t.profile(x, keep_leaves=keep, away=n.away), gives=memory)
+            profile = t.profile(x, keep_leaves=keep, away=n.away)
+            yield Stretch(f"{name}'s end", profile, gives=memory, parts=((t, (x,)),))
+
+
+class Half(NamedTuple):
+    profile: Profile
+    part: tuple[Tape, tuple[Value, ...]]
 
 
 def halves(
     stack: c.Stack, scene: Scene, reads: int | None, needs: bool, keep_leaves: bool
-) -> Iterator[tuple[Profile, Profile, int]]:
+) -> Iterator[tuple[Half, Half, int]]:
     """Of each block: attention, feed-forward, and the holes that it leaves in the heap."""
-    known: dict[tuple[c.Block, int | None, bool], tuple[Profile, Profile, int, bool]] = {}
+    known: dict[tuple[c.Block, int | None, bool], tuple[Half, Half, int, bool]] = {}
     for i, cfg in enumerate(stack.blocks):
         read = reads if i == len(stack.blocks) - 1 else None
         key = (cfg, read, needs)
@@ -175,7 +195,10 @@ def halves(
             u, y = feed_half(cfg, scene, read, x.needs)
             holes = 0 if scene.numbers.cuda or read is not None else int(LOST * lost([(t, x), (u, y)]))
             away = scene.numbers.away
-            first, second = (tape.profile(out, keep_leaves=keep_leaves, away=away) for tape, out in ((t, x), (u, y)))
+            first, second = (
+                Half(tape.profile(out, keep_leaves=keep_leaves, away=away), (tape, (out,)))
+                for tape, out in ((t, x), (u, y))
+            )
             known[key] = first, second, holes, y.needs
         first, second, holes, needs = known[key]
         yield first, second, holes

@@ -4,10 +4,11 @@ An operation makes storages and keeps some for the backward pass; a storage goes
 unless it is kept. The backward pass takes the operations in reverse, which is autograd's order too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+Events = Iterator[tuple[Any, int]]  # what is made, by name, and its bytes; 0 where it goes
 PUT_AWAY = 2**20  # as in ronna.train.shelf
 
 
@@ -126,26 +127,26 @@ class Tape:
     def profile(self, *outs: Value, keep_leaves: bool = True, away: bool = False) -> Profile:
         """Unless leaves are kept, a weight's gradient is gone, or has been added to another, once it is there. `away`:
         what is kept is put elsewhere, but for what is small, and comes back for the operation that reads it."""
-        kept, going = self.lives(outs)
+        kept, _ = self.lives(outs)
         here = {s for s in kept if self.sizes[s] < PUT_AWAY} if away else kept
         casts = sum(self.sizes[s] for s in here & self.casts)
-        held = sum(self.sizes[s] for s in here)
-        leaf = sum(op.leaf for op in self.ops)
         start = self.start
+        given = {("gradient", i): out.size for i, out in enumerate(outs)}
         return Profile(
-            self._forward(going),
-            held - casts,
+            most(self.forward(outs), {start.storage: start.size}),
+            sum(self.sizes[s] for s in here) - casts,
             casts,
-            self._backward(outs, held, keep_leaves, kept - here),
-            leaf,
+            most(self.backward(outs, keep_leaves, kept - here), {s: self.sizes[s] for s in here} | given),
+            sum(op.leaf for op in self.ops),
             start.size,
             sum(out.size for out in outs),
             start.storage in here,
         )
 
-    def lives(self, outs: tuple[Value, ...]) -> tuple[set[int], list[list[int]]]:
-        """The storages that are kept, and those that go with each operation; the last list is of the stretch's end."""
-        kept = {s for op in self.ops for s in op.kept}
+    def lives(self, outs: tuple[Value, ...], graph: bool = True) -> tuple[set[int], list[list[int]]]:
+        """The storages that are kept, and those that go with each operation; the last list is of the stretch's end.
+        Without a graph nothing is kept."""
+        kept = {s for op in self.ops for s in op.kept} if graph else set()
         last = {s: i for i, op in enumerate(self.ops) for s in (*op.reads, *op.made)}
         last |= dict.fromkeys((self.start.storage, *(out.storage for out in outs)), len(self.ops))
         going: list[list[int]] = [[] for _ in range(len(self.ops) + 1)]
@@ -154,44 +155,61 @@ class Tape:
                 going[i].append(s)
         return kept, going
 
-    def _forward(self, going: list[list[int]]) -> int:
-        live = peak = self.sizes[self.start.storage]
-        for op, gone in zip(self.ops, going, strict=False):
-            live += sum(self.sizes[s] for s in op.made)
-            peak = max(peak, live + op.work)
-            live -= sum(self.sizes[s] for s in gone)
-        return peak
+    def forward(self, outs: tuple[Value, ...], graph: bool = True) -> Events:
+        """What it reads and what it gives are still there at the end."""
+        for op, gone in zip(self.ops, self.lives(outs, graph)[1], strict=False):
+            yield from ((s, self.sizes[s]) for s in op.made if self.sizes[s])
+            if op.work:
+                yield from (("work", op.work), ("work", 0))
+            yield from ((s, 0) for s in gone if self.sizes[s])
 
-    def _backward(self, outs: tuple[Value, ...], held: int, keep_leaves: bool, away: set[int]) -> int:
+    def backward(self, outs: tuple[Value, ...], keep_leaves: bool, away: Iterable[int] = ()) -> Events:
+        """On what is kept and the gradients of `outs`, ("gradient", 0) and so on, which are there; that of what it
+        reads stays."""
         going: list[list[int]] = [[] for _ in self.ops]
         for s, i in {s: i for i, op in reversed(list(enumerate(self.ops))) for s in op.kept}.items():
             going[i].append(s)
         gradient = {out.key: i for i, out in enumerate(outs)}  # number of the buffer that a value's gradient lies in
-        sizes, users = [out.size for out in outs], [1] * len(outs)
-        live = peak = held + sum(sizes)
-        away = set(away)
-        for op, gone in zip(reversed(self.ops), reversed(going), strict=True):
-            back = away.intersection(op.kept)
-            live += sum(self.sizes[s] for s in back)
-            away -= back
-            peak = max(peak, live)
+        users, elsewhere = [1] * len(outs), set(away)
+        for number, op, gone in zip(range(len(self.ops)), reversed(self.ops), reversed(going), strict=True):
+            yield from ((s, self.sizes[s]) for s in elsewhere.intersection(op.kept))
+            elsewhere -= set(op.kept)
             buffer = gradient.pop(op.out.key, None)
             if buffer is not None and op.out.needs:
-                new = sum(n for _, n in op.into)
-                peak = max(peak, live + new + op.leaf + op.back)
-                live += op.leaf if keep_leaves else 0
+                passing: list[Any] = ["back"] * (op.back > 0)
+                yield from (("back", op.back) for _ in passing)
+                if op.leaf:
+                    yield ("leaf", number), op.leaf
+                    passing += [("leaf", number)] * (not keep_leaves)
                 for operand, n in op.into:
-                    if operand.key in gradient:
-                        continue  # added to what is there
-                    if n:
-                        gradient[operand.key] = len(sizes)
-                        sizes.append(n)
+                    if operand.key in gradient:  # added to what is there
+                        if n:
+                            yield ("added", operand.key), n
+                            passing.append(("added", operand.key))
+                    elif n:
+                        gradient[operand.key] = len(users)
+                        yield ("gradient", len(users)), n
                         users.append(1)
-                        live += n
                     else:
                         gradient[operand.key] = buffer
                         users[buffer] += 1
+                yield from ((name, 0) for name in passing)
                 users[buffer] -= 1
-                live -= 0 if users[buffer] else sizes[buffer]
-            live -= sum(self.sizes[s] for s in gone)
-        return peak
+                if not users[buffer]:
+                    yield ("gradient", buffer), 0
+            yield from ((s, 0) for s in gone if self.sizes[s])
+        for key, buffer in gradient.items():
+            users[buffer] -= key != self.start.key
+            if not users[buffer]:
+                yield ("gradient", buffer), 0
+
+
+def most(events: Events, there: dict[Any, int]) -> int:
+    """Bytes at the fullest moment, beginning with what is `there`."""
+    live = peak = sum(there.values())
+    for name, size in events:
+        live += size if size else -there.pop(name)
+        peak = max(peak, live)
+        if size:
+            there[name] = size
+    return peak

@@ -161,6 +161,12 @@ def state(optimizer: Optimizer, w: Weight, width: int) -> int:
     return 2 * w.size * width
 
 
+def pieces(optimizer: Optimizer, w: Weight) -> list[int]:
+    """The same for weights of four bytes, block by block."""
+    count = 2 if optimizer.kind in ("adamw", "adam") else 1
+    return [state(optimizer, w, 4) // (count * w.times)] * (count * w.times)
+
+
 def spaces(learning: list[Weight], width: int) -> int:
     """What is held for copies of narrow weights and gradients where a step is taken tensor by tensor."""
     return 0 if width == 4 else 8 * min(ROWS, max(w.size // w.times for w in learning))
