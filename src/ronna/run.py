@@ -18,7 +18,7 @@ from ronna.assemble import Labelled, Parts, assemble_finetune, assemble_pretrain
 from ronna.base.config import dump_toml
 from ronna.base.device import choose_device, choose_precision, peak_bytes, seed_for
 from ronna.base.errors import RonnaError
-from ronna.base.heap import Heap
+from ronna.base.heap import Heap, keep_few_kernels
 from ronna.base.track import Tracker, say
 from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
 from ronna.model.compiled import compile_blocks, wants_compile
@@ -283,6 +283,7 @@ def prepare_run(
         run = as_planned(run, out)
     refuse_lean(run)
     torch.manual_seed(seed_for(run.seed))
+    keep_few_kernels()
     device = choose_device(run.device)
     dtype, reason = choose_precision(run.train.precision, device)
     if data is None:
@@ -291,7 +292,7 @@ def prepare_run(
         fit = fitted(run, data, device, dtype, settled=settled)
     run = run if fit is None else fit.run
     tight = fit is not None and fit.tight
-    heap = Heap(tight) if device.type == "cpu" else None
+    heap = Heap(tight, None if fit is None else fit.planned) if device.type == "cpu" else None
     parts = assemble(run, data)
     parts.model.compute = dtype
     parts.model.to(device)

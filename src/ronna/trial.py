@@ -88,8 +88,9 @@ def step_of(tree: Tree) -> Step:
 
 def main(tree: Tree) -> None:
     from ronna.base.device import peak_resident_bytes, resident_bytes
-    from ronna.base.heap import Heap
+    from ronna.base.heap import Heap, keep_few_kernels
 
+    keep_few_kernels()
     subject, step = Subject(**tree["subject"]), step_of(tree["step"])
     heap = Heap(step.tight or step.lean)
     family, _ = subject.shape()

@@ -1,11 +1,14 @@
 """What the heap's advice does, seen from outside: in a process of its own, since it cannot be taken back."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ronna.base.heap import CAPACITIES
 
 CODE = """
 import ctypes
@@ -36,6 +39,15 @@ for line in Path("/proc/self/smaps").read_text().splitlines():
     elif in_heap and line.startswith("VmFlags:"):
         advised.append("hg" in line.split())
 assert advised and all(advised), advised
+libc.free(block)
+from ronna.base.device import resident_bytes
+before = resident_bytes()
+heap.most = before  # no more than that: nothing happens
+heap()
+assert resident_bytes() > before - 2**27
+heap.most = before - 1
+heap()
+assert resident_bytes() < before - 2**27, "what is free did not go back"
 print("ok")
 """
 
@@ -48,3 +60,44 @@ def test_what_is_freed_is_kept_and_all_of_the_heap_lies_in_large_pages() -> None
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment)
     assert done.stdout == "ok\n", done.stderr
+
+
+PRODUCTS = """
+import ctypes
+import torch
+from ronna.base.heap import keep_few_kernels
+
+class Info(ctypes.Structure):
+    _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+def used():
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Info
+    return libc.mallinfo2().field7
+
+keep_few_kernels()
+weight = torch.randn(64, 64, dtype=torch.bfloat16)
+with torch.inference_mode():
+    for rows in range(64, 96):
+        torch.randn(rows, 64, dtype=torch.bfloat16) @ weight
+    before = used()
+    for rows in range(96, 320):
+        torch.randn(rows, 64, dtype=torch.bfloat16) @ weight
+print(used() - before)
+"""
+
+
+def grown(**environment: str) -> int:
+    """Bytes that a process holds more of after products of 224 shapes."""
+    clean = {name: value for name, value in os.environ.items() if name not in CAPACITIES}
+    clean |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, env=clean, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kernels_of_other_shapes_go() -> None:
+    all_kept = grown(**dict.fromkeys(CAPACITIES, "1024"))  # what the environment says stays
+    if all_kept < 2**22:
+        pytest.skip("torch keeps no kernels by shape here")
+    assert grown() < all_kept / 8

@@ -1,14 +1,21 @@
 """How glibc and the kernel are told to treat the memory of a run that computes on a CPU."""
 
 import ctypes
+import os
 import sys
 from pathlib import Path
+
+from ronna.base.device import resident_bytes
 
 # Address space by which the heap grows each time. Nothing of it is taken before it is used.
 GROWTH = 2**30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
 LARGE = 2**18  # bytes of a block that is mapped apart where memory goes before time
 MADV_HUGEPAGE = 14  # mman.h
+# oneDNN, and torch above it, keep what they have compiled and laid out for each product by its shape, 1,024 of them if
+# nobody says otherwise, a good 100 KiB each. Batches of texts have another shape every time, and a step needs few.
+KERNELS = "32"
+CAPACITIES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # torch's, oneDNN's
 
 
 class Heap:
@@ -21,11 +28,13 @@ class Heap:
     `tight` is for runs where memory goes before time: large blocks are given back to the system when they are freed,
     and mapped anew.
 
-    Call it now and then: what the heap has grown by is then laid in large pages too, two microseconds if nothing.
+    Call it after each step: what the heap has grown by is then laid in large pages too, and where the process holds
+    more than `most` bytes, what is free goes back to the system. Twenty microseconds if there is nothing to do.
     """
 
-    def __init__(self, tight: bool = False) -> None:
+    def __init__(self, tight: bool = False, most: int | None = None) -> None:
         """Does nothing where there is no glibc or the kernel has no such pages."""
+        self.most = most
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         self.libc = libc if hasattr(libc, "mallopt") else None
         if self.libc is None:
@@ -46,10 +55,20 @@ class Heap:
         self()
 
     def __call__(self, _: int = 0) -> None:
-        if self.libc is not None and (end := self.libc.sbrk(0)) != self.end:
+        if self.libc is None:
+            return
+        if self.most is not None and resident_bytes() > self.most:
+            self.libc.malloc_trim(0)
+        if (end := self.libc.sbrk(0)) != self.end:
             self.end = end
             for start, stop in ranges():
                 self.libc.madvise(start, stop - start, MADV_HUGEPAGE)
+
+
+def keep_few_kernels() -> None:
+    """To be called before torch computes anything; what the environment says already stays."""
+    for name in CAPACITIES:
+        os.environ.setdefault(name, KERNELS)
 
 
 def release() -> None:

@@ -14,6 +14,7 @@ import torch
 from ronna.base.config import config_hash
 from ronna.base.device import choose_device, choose_precision
 from ronna.base.errors import RonnaError
+from ronna.base.heap import keep_few_kernels
 from ronna.base.hub import local_folder
 from ronna.base.track import say
 from ronna.data.badrows import BadRows
@@ -117,6 +118,7 @@ def load(
 
     Raises RonnaError for anything that is not one.
     """
+    keep_few_kernels()
     place = choose_device(device)
     dtype, _ = choose_precision(precision, place)
     adapter = NAME if is_adapter(local_folder(folder)) else None
