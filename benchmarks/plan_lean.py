@@ -1,14 +1,16 @@
 """What the planner says of runs that save memory beside what they took: real steps, each run in a process of its own.
 
-    python benchmarks/plan_lean.py [unseen | fitted | both]
+    python benchmarks/plan_lean.py [unseen | fitted | both] [--json FILE]
 
 As `plan_memory.py`, for blocks computed again, 8 bits, APOLLO, weights in bf16, the fused backward pass, offloading and
 a heap that gives back what is freed, whose two constants were found on FITTED like that of a rehearsal
 (`ronna.plan.heap`).
 """
 
+import argparse
+import json
 import statistics
-import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ronna.plan.memory import estimate
@@ -18,6 +20,7 @@ from ronna.plan.weights import Optimizer
 from ronna.trial import Subject, trial
 
 MIB = 2**20
+RESULTS = Path(__file__).parent / "results" / "plan_lean.jsonl"
 EIGHT, APOLLO, MINI = Optimizer("adamw8bit"), Optimizer("apollo"), Optimizer("apollo", rank=1)
 BARE: dict[str, Any] = {"fused_backward": True, "clip": False}
 
@@ -78,9 +81,12 @@ def planned(case: Case) -> Step:
 
 
 def main() -> None:
-    which = sys.argv[1] if sys.argv[1:] else "unseen"
-    errors = []
-    for case in {"unseen": UNSEEN, "fitted": FITTED, "both": FITTED + UNSEEN}[which]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="?", choices=["unseen", "fitted", "both"], default="unseen")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="lines for plan_plot.py")
+    a = parser.parse_args()
+    errors, lines = [], []
+    for case in {"unseen": UNSEEN, "fitted": FITTED, "both": FITTED + UNSEEN}[a.which]:
         step = planned(case)
         subject = Subject(case.model, case.settings or {}, case.task, case.task in ("mlm", "clm", "denoise"))
         taken, peak = trial(subject, step), estimate(subject.shape()[1], step).peak
@@ -90,6 +96,10 @@ def main() -> None:
         said = ", ".join(f"{key}={value}" for key, value in case.ways.items())
         figures = f"planned {peak / MIB:7.0f}  measured {taken.grown / MIB:7.0f} MiB  {errors[-1]:+7.1%}"
         print(f"{case.model:16} {figures}  {case.sequences} x {case.length} {said}", flush=True)
+        name = f"{case.model} {case.sequences} x {case.length} {said}"
+        lines.append({"name": name, "planned": peak, "measured": taken.grown, "fitted": case in FITTED})
+    a.json.parent.mkdir(parents=True, exist_ok=True)
+    a.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
     worst = max(map(abs, errors))
     print(f"{len(errors)} runs: mean error {statistics.mean(map(abs, errors)):.1%}, worst {worst:.1%}")
 

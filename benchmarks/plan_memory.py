@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+RESULTS = Path(__file__).parent / "results" / "plan_memory.jsonl"
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,9 @@ def measured(case: Case, steps: int) -> dict[str, int]:
     """Growth of resident memory in bytes, its peak and what is left of it at the end."""
     import torch
 
-    from ronna.base.heap import Heap
+    from ronna.base.heap import Heap, keep_few_kernels
 
+    keep_few_kernels()  # as a run has it
     torch.set_num_threads(int(__import__("os").environ.get("OMP_NUM_THREADS", "1")))
     heap = Heap()
     train(replace(case, preset=WARM_UP[case.task], **TINY), heap, 1)
@@ -279,14 +281,14 @@ def run(case: Case, steps: int) -> dict[str, Any]:
     line = json.loads(done.stdout.splitlines()[-1])
     error = plan.peak / line["measured"] - 1
     return {"name": case.name, "planned": plan.peak, **line, "error": round(error, 4), "where": plan.where,
-            "held": plan.held}  # fmt: skip
+            "fitted": case in FITTED}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="?", choices=["unseen", "fitted", "both"], default="unseen")
     parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS, help="lines for plan_plot.py")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--one")
     a = parser.parse_args()
@@ -303,9 +305,10 @@ def main() -> None:
         lines.append(line)
         print(f"{case.name:32} planned {line['planned'] / MIB:8.1f}  measured {line['measured'] / MIB:8.1f} MiB"
               f"  {line['error']:+7.1%}  {line['where']}", flush=True)  # fmt: skip
-        if a.json:
-            with a.json.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+    if not a.only:
+        kept = [{key: line[key] for key in ("name", "planned", "measured", "fitted")} for line in lines]
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text("".join(json.dumps(line) + "\n" for line in kept))
     errors = [abs(line["error"]) for line in lines]
     print(f"{len(errors)} runs: mean error {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
 
