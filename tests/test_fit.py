@@ -87,6 +87,19 @@ def test_no_micro_batch_of_finetuning_is_heavier(tiny_bert, tmp_path, train):
     assert step.token_rows == len(training.parts.used)
 
 
+def test_an_evaluation_of_a_limited_run_has_the_tokens_of_a_micro_batch(tiny_bert, tmp_path):
+    free = prepare_run(fine(tiny_bert, tmp_path))
+    assert free.data.task.batch_tokens == 8192
+    limited = prepare_run(fine(tiny_bert, tmp_path, train={"memory": "8GiB", "micro_batch": 2}))
+    heaviest = sorted(limited.data.lengths)[-2:]
+    assert limited.data.task.batch_tokens == sum(heaviest)
+    sizes = []
+    scores = limited.parts.model.scores
+    limited.parts.model.scores = lambda *a, **k: sizes.append(len(a[0])) or scores(*a, **k)
+    limited.parts.evaluate(lambda: False)
+    assert len(sizes) > 1 and max(sizes) <= sum(heaviest)
+
+
 def test_what_a_run_says_is_what_is_planned(tiny_bert, tmp_path):
     run = fine(tiny_bert, tmp_path, peft={"kind": "lora", "rank": 3, "targets": ["q"]})
     step = plan_of(run).work.step

@@ -22,7 +22,7 @@ from ronna.plan.hardware import gib, parse_bytes
 from ronna.plan.memory import estimate
 from ronna.plan.search import Work, search
 from ronna.plan.time import step_time
-from ronna.planned import AnyRun, heaviest, with_plan, work_of
+from ronna.planned import AnyRun, heaviest, micro_of, with_plan, work_of
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.trial import warm_up
 
@@ -72,6 +72,12 @@ class Fit:
     @property
     def planned(self) -> int:
         return self.before + self.peak
+
+    @property
+    def tokens(self) -> int:
+        """Of the heaviest micro-batch."""
+        step = self.work.at(self.work.step, micro_of(self.run))
+        return step.lengths.total + (step.source.total if step.source else 0)
 
     def outgrown(self, measured: int | None) -> None:
         """Note what the process held when the run was ended; None where nobody knows."""

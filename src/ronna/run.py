@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,9 @@ def prepare_run(
     if fit is None:
         fit = fitted(run, data, device, dtype, settled=settled)
     run = run if fit is None else fit.run
+    if fit is not None and run.train.memory is not None and isinstance(data, Labelled):
+        # No evaluation is to hold more than the steps do.
+        data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, fit.tokens)))
     tight = fit is not None and fit.tight
     heap = Heap(tight, None if fit is None else fit.planned) if device.type == "cpu" else None
     parts = assemble(run, data)

@@ -193,7 +193,7 @@ def test_virtual_tokens_count_in_a_batch(tiny_bert, monkeypatch):
         model, "scores", lambda *a, scores=model.scores, **k: sizes.append(len(a[1])) or scores(*a, **k)
     )
     examples = [Example(np.array([2, 5, 6, 7, 3]), np.zeros(5, np.int64), None)] * 12
-    own.infer(model, examples, batch_tokens=60)
+    own.reading(60).infer(model, examples)
     assert sizes == [4, 4, 4]
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -43,6 +44,7 @@ class Task(ABC):
     whole_batch: ClassVar[bool] = False  # whether its loss is of a batch as a whole: see `objectives.base.WholeBatch`
     together: ClassVar[int] = 1  # samples that an item becomes, of which the loss needs all at once
     writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
+    batch_tokens: int = 8192  # of a batch of inference; a run with little memory has less
 
     # From records to rows
 
@@ -85,6 +87,12 @@ class Task(ABC):
     def on(self, model: Model, config: Mapping[str, Any]) -> Self:
         """The task for a model of this shape, whose folder has this config.json. Raises RonnaError."""
         return self
+
+    def reading(self, batch_tokens: int) -> Self:
+        """The same, with batches of inference of at most so many tokens."""
+        other = copy(self)
+        object.__setattr__(other, "batch_tokens", batch_tokens)  # tasks are frozen
+        return other
 
     @property
     @abstractmethod

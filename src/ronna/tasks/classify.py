@@ -237,11 +237,11 @@ class Classify(Task):
         return float(self.criterion(torch.from_numpy(scores), gold)) / len(examples)
 
     @torch.inference_mode()
-    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> np.ndarray:
+    def infer(self, model: Transformer, examples: Sequence[Example]) -> np.ndarray:
         """Scores (N, K) in the order of the examples, computed in batches of like length."""
         model.eval()
         scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens, model.ahead):
+        for indices in like_lengths([len(e.tokens) for e in examples], self.batch_tokens, model.ahead):
             samples = [Sample(examples[i].tokens, segments=examples[i].segments) for i in indices]
             scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
         return scores

@@ -233,12 +233,12 @@ class Embed(Task):
         return Loss({"embed": F.cross_entropy(near, gold, reduction="sum")}, {"embed_accuracy": right})
 
     @torch.inference_mode()
-    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> list[np.ndarray]:
+    def infer(self, model: Transformer, examples: Sequence[Example]) -> list[np.ndarray]:
         """Vectors (texts, C) of each example, of length 1."""
         model.eval()
         flat = [tokens for e in examples for tokens in e.texts]
         found = np.zeros((len(flat), model.cfg.dim), np.float32)
-        for indices in like_lengths([len(t) for t in flat], batch_tokens, model.ahead):
+        for indices in like_lengths([len(t) for t in flat], self.batch_tokens, model.ahead):
             batch = collate(self.bare, [Sample(flat[i]) for i in indices], model.device)
             found[indices] = self.vectors(model, batch).cpu().numpy()
         return np.split(found, np.cumsum([len(e.texts) for e in examples])[:-1]) if examples else []

@@ -186,13 +186,13 @@ class Preference(Dialogue):
         return Loss({"dpo": -F.logsigmoid(self.config.beta * margins).sum()}, stats)
 
     @torch.inference_mode()
-    def log_probs(self, model: Transformer, pairs: Sequence[Pair], batch_tokens: int = 8192) -> np.ndarray:
+    def log_probs(self, model: Transformer, pairs: Sequence[Pair]) -> np.ndarray:
         """(P, 2) of the chosen and the rejected answers, zeros where one of them is too long to be read."""
         model.eval()
         samples = [self.samples(pair, np.random.default_rng(0)) for pair in pairs]
         there = [i for i, some in enumerate(samples) if some]
         found = np.zeros((len(pairs), 2))
-        for indices in like_lengths([sum(len(s.tokens) for s in samples[i]) for i in there], batch_tokens):
+        for indices in like_lengths([sum(len(s.tokens) for s in samples[i]) for i in there], self.batch_tokens):
             some = [there[i] for i in indices]
             batch = collate(self, [s for i in some for s in samples[i]], model.device)
             found[some] = self.sequence_log_probs(model, batch).view(-1, 2).cpu().numpy()

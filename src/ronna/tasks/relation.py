@@ -260,11 +260,11 @@ class Relation(Task):
         return float(cross_entropy(torch.from_numpy(scores), gold, None, 0.0)) / len(examples)
 
     @torch.inference_mode()
-    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> np.ndarray:
+    def infer(self, model: Transformer, examples: Sequence[Example]) -> np.ndarray:
         """Scores (N, K) in the order of the examples."""
         model.eval()
         scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        for indices in like_lengths([len(e.tokens) for e in examples], batch_tokens, model.ahead):
+        for indices in like_lengths([len(e.tokens) for e in examples], self.batch_tokens, model.ahead):
             samples = [Sample(examples[i].tokens, predict=examples[i].places) for i in indices]
             scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
         return scores

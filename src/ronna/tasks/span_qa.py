@@ -281,12 +281,12 @@ class SpanQA(Task):
         return Loss({"span": both / 2})
 
     @torch.inference_mode()
-    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> Found:
+    def infer(self, model: Transformer, examples: Sequence[Example]) -> Found:
         """Scores (n, 2) of every window of every example."""
         model.eval()
         found: Found = [[np.zeros((0, 2), np.float32)] * len(e.windows) for e in examples]
         all_windows = [(i, j, w) for i, e in enumerate(examples) for j, w in enumerate(e.windows)]
-        for indices in like_lengths([len(w.tokens) for _, _, w in all_windows], batch_tokens, model.ahead):
+        for indices in like_lengths([len(w.tokens) for _, _, w in all_windows], self.batch_tokens, model.ahead):
             some = [all_windows[i] for i in indices]
             samples = [Sample(w.tokens, predict=w.places, segments=w.segments) for _, _, w in some]
             scores, places = self.scores(model, collate(self, samples, model.device))

@@ -223,11 +223,11 @@ class Tag(Task):
         return Loss({"tag": negative_log_likelihood(scores, batch.labels, chains(batch), steps).sum()})
 
     @torch.inference_mode()
-    def infer(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> WordScores:
+    def infer(self, model: Transformer, examples: Sequence[Example]) -> WordScores:
         model.eval()
         scores = [np.zeros((e.words, len(self.labels)), np.float32) for e in examples]
         pieces = [(i, piece) for i, e in enumerate(examples) for piece in e.pieces]
-        for indices in like_lengths([len(p.tokens) for _, p in pieces], batch_tokens, model.ahead):
+        for indices in like_lengths([len(p.tokens) for _, p in pieces], self.batch_tokens, model.ahead):
             some = [pieces[i] for i in indices]
             batch = collate(self, [Sample(p.tokens, predict=p.places) for _, p in some], model.device)
             found = log_softmax(self.scores(model, batch).cpu().numpy(), axis=-1)

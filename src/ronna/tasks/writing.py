@@ -143,14 +143,14 @@ class Writing(Task):
 
     # From prompts to texts
 
-    def nats(self, model: Transformer, examples: Sequence[Example], batch_tokens: int = 8192) -> tuple[float, int]:
+    def nats(self, model: Transformer, examples: Sequence[Example]) -> tuple[float, int]:
         """Summed negative log-likelihood of what is to be written, and over how many tokens."""
         samples = [e.sample for e in examples if e.sample is not None]
         sizes = [len(s.tokens) + (0 if s.source is None else len(s.source)) for s in samples]
         total, tokens = 0.0, 0
         model.eval()
         with torch.inference_mode():
-            for indices in like_lengths(sizes, batch_tokens):
+            for indices in like_lengths(sizes, self.batch_tokens):
                 batch = collate(self, [samples[i] for i in indices], model.device)
                 total += float(self.loss(model, batch).sums[self.term])
                 tokens += batch.counts[self.term]
