@@ -177,6 +177,14 @@ def test_kept_by_a_classifier(name: str, adapter: Adapter | None, compute: Any) 
     assert learning == 4 * sum(w.size for w in (adapted(model, adapter) if adapter else weights(model)))
 
 
+def test_large_weights_are_not_held_twice_under_an_adapter() -> None:
+    model = small("bert-tiny", "classify", hidden_size=1536, num_attention_heads=4)  # the second block's have a use
+    step = step_of(model, [40] * 2, "classify", compute="bf16", adapter=Adapter(4))
+    kept = kept_bytes(built(model, step), "classify", [40] * 2)
+    assert planned_bytes(model, step) == kept
+    assert kept < 2 * 3 * 1536**2  # which joined queries, keys and values would take
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights_by_shape(name: str) -> None:
     model = preset(name)[1]

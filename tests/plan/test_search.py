@@ -1,14 +1,14 @@
 """The planner's choice: what it picks fits, nothing that fits is faster, and what does not fit says what it lacks."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
 from ronna.model.families import preset
 from ronna.plan.hardware import device
 from ronna.plan.memory import estimate
-from ronna.plan.search import Plan, Shape, Work, leanest, search, sizes, some_way_fits, ways
+from ronna.plan.search import Plan, Shape, Work, leanest, lightest, search, sizes, some_way_fits, ways
 from ronna.plan.shapes import Adapter, Lengths
 from ronna.plan.stretches import Step
 from ronna.plan.time import step_time
@@ -66,6 +66,25 @@ def test_the_fastest_of_all_that_fit() -> None:
     fitting = [seconds(step) for step in every if estimate(MODEL, step).peak <= room]
     assert fitting
     assert here[0].seconds <= 1.03 * min(fitting)
+
+
+def test_no_more_is_computed_again_than_must_be() -> None:
+    some = work()
+    plain = replace(some.at(some.step, 8), tight=True)
+
+    def peak(step: Step) -> int:
+        return estimate(MODEL, step).peak
+
+    halves = [replace(plain, feeds=n) for n in range(some.blocks + 1)]
+    whole = [replace(plain, blocks=n, feeds=some.blocks - n) for n in range(1, some.blocks + 1)]
+    for few, more in pairwise([*halves, *whole]):
+        assert peak(more) < peak(few)
+        room = peak(more)
+        chosen = lightest(some, plain, lambda step, room=room: peak(step) <= room)  # type: ignore[misc]
+        assert chosen is not None
+        assert peak(chosen) <= room
+        assert (chosen.blocks, chosen.feeds) <= (more.blocks, more.feeds)
+    assert lightest(some, plain, lambda step: False) is None
 
 
 def test_the_order_is_exact_then_fast_then_what_lacks_least() -> None:
