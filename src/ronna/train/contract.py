@@ -40,7 +40,9 @@ def check_start(model: Transformer, objective: Objective, micros: list[list[Samp
     if all(c.ok for c in checks):
         with still(model, model.compute):  # the leak in the precision, and so with the kernel, of the run
             checks.append(no_leak(model, objective, few))
-        with still(model, torch.float32):
+        # Weights held in bf16 have gradients in bf16: products in fp32 would need copies of them that no step has.
+        narrow = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+        with still(model, model.compute if narrow else torch.float32):
             whole = of_whole_batch(objective)  # samples of an item are in need of each other then
             checks.append(accumulation(model, objective, next(filter(None, micros)) if whole else few))
     return checks
@@ -184,7 +186,7 @@ def accumulation(model: Transformer, objective: Objective, samples: list[Sample]
     if coarsest < 1e-6:
         far, bound = max(float(d.abs().max()) for d in differences) / max(whole.largest, cut.largest, 1e-30), 1e-4
     else:  # in bf16 a table adds up the rows of its gradient one by one, so that single numbers are far off
-        far, bound = size(differences) / max(whole.size, cut.size, 1e-30), 4 * coarsest
+        far, bound = size(differences) / max(whole.size, cut.size, 1e-30), 12 * coarsest
     return Check("accumulation", far < bound, f"gradients in one piece and in two differ by {far:.1e} of their size")
 
 
