@@ -48,6 +48,9 @@ assert resident_bytes() > before - 2**27
 heap.most = before - 1
 heap()
 assert resident_bytes() < before - 2**27, "what is free did not go back"
+heap.most = 1
+heap()
+assert 1.09 * resident_bytes() < heap.most < 1.11 * resident_bytes(), "it would be tried at every step"
 print("ok")
 """
 

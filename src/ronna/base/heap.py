@@ -12,6 +12,7 @@ GROWTH = 2**30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
 LARGE = 2**18  # bytes of a block that is mapped apart where memory goes before time
 MADV_HUGEPAGE = 14  # mman.h
+AGAIN = 1.1  # growth over what there is after free memory was given back, until it is tried again
 # oneDNN, and torch above it, keep what they have compiled and laid out for each product by its shape, 1,024 of them if
 # nobody says otherwise, a good 100 KiB each. Batches of texts have another shape every time, and a step needs few.
 KERNELS = "32"
@@ -59,6 +60,7 @@ class Heap:
             return
         if self.most is not None and resident_bytes() > self.most:
             self.libc.malloc_trim(0)
+            self.most = max(self.most, int(AGAIN * resident_bytes()))  # what did not help once is not tried every step
         if (end := self.libc.sbrk(0)) != self.end:
             self.end = end
             for start, stop in ranges():
