@@ -55,6 +55,8 @@ FREE = {
     "train": {"log_every", "keep", "save_every", "recompute", "memory"},
 }
 
+LITTLE = 2**26  # bytes above its plan that a run may hold before free memory is looked for
+
 
 def identity(run: AnyRun) -> str:
     """sha256 of everything in a run file that the weights depend on."""
@@ -296,7 +298,7 @@ def prepare_run(
         # No evaluation is to hold more than the steps do.
         data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, fit.tokens)))
     tight = fit is not None and fit.tight
-    heap = Heap(tight, None if fit is None else fit.planned) if device.type == "cpu" else None
+    heap = Heap(tight, None if fit is None else fit.planned + LITTLE) if device.type == "cpu" else None
     parts = assemble(run, data)
     parts.model.compute = dtype
     parts.model.to(device)
