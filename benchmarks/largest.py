@@ -45,6 +45,11 @@ def limited(size: int) -> Iterator[Path]:
         group.rmdir()
 
 
+def inside(group: Path) -> list[str]:
+    """What is put before a command for it to run in the group."""
+    return ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
+
+
 def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str, Any]:
     """What becomes of a run within the group."""
     out = folder / f"run-{time.time_ns()}"
@@ -54,7 +59,7 @@ def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str
     tree = run.model_copy(update={"out": str(out), "train": train, "data": data})
     path = folder / "limited.toml"
     path.write_text(dump_toml(tree))
-    command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", sys.executable, "-m", "ronna"]
+    command = [*inside(group), sys.executable, "-m", "ronna"]
     began = time.perf_counter()
     done = subprocess.run([*command, "pretrain", str(path)], capture_output=True, text=True, check=False)
     found: dict[str, Any] = {"code": done.returncode, "seconds": round(time.perf_counter() - began, 1)}

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from largest import ROOT, limited
+from largest import ROOT, inside, limited
 
 from ronna.asked import PlanRun, published
 from ronna.plan.hardware import parse_bytes
@@ -63,7 +63,7 @@ def train(settings: dict[str, Any], a: argparse.Namespace) -> dict[str, float]:
 
 
 def tried(a: argparse.Namespace, settings: dict[str, Any], group: Path, steps: int) -> dict[str, Any]:
-    command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", sys.executable, __file__]
+    command = [*inside(group), sys.executable, __file__]
     own = ["--flags", a.flags, "--batch", str(a.batch), "--length", str(a.length), "--tries", str(steps)]
     done = subprocess.run([*command, *own, "--one", json.dumps(settings)], capture_output=True, text=True, check=False)
     if done.returncode == 0:
