@@ -81,10 +81,10 @@ def used():
 keep_few_kernels()
 weight = torch.randn(64, 64, dtype=torch.bfloat16)
 with torch.inference_mode():
-    for rows in range(64, 96):
+    for rows in range(64, 256):  # more than are kept
         torch.randn(rows, 64, dtype=torch.bfloat16) @ weight
     before = used()
-    for rows in range(96, 320):
+    for rows in range(256, 480):
         torch.randn(rows, 64, dtype=torch.bfloat16) @ weight
 print(used() - before)
 """

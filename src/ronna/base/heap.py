@@ -14,8 +14,8 @@ LARGE = 2**18  # bytes of a block that is mapped apart where memory goes before 
 MADV_HUGEPAGE = 14  # mman.h
 AGAIN = 1.1  # growth over what there is after free memory was given back, until it is tried again
 # oneDNN, and torch above it, keep what they have compiled and laid out for each product by its shape, 1,024 of them if
-# nobody says otherwise, a good 100 KiB each. Batches of texts have another shape every time, and a step needs few.
-KERNELS = "32"
+# nobody says otherwise, a good 100 KiB each. Batches of texts have another shape each time; a step needs some dozens.
+KERNELS = "64"
 CAPACITIES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # torch's, oneDNN's
 
 
