@@ -27,10 +27,11 @@ from ronna.model.fourbit import held_in, import_bitsandbytes
 from ronna.model.init import build, hold, hold_maps
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
-from ronna.objectives.base import Objective, Totals, collate
+from ronna.objectives.base import Batch, Objective, Totals, collate
 from ronna.objectives.documents import PackedDocuments
 from ronna.objectives.penalty import Penalised
 from ronna.packed import Packed, read_packed, refuse_settings
+from ronna.parallel.world import ALONE, World
 from ronna.peft.adalora import AdaLoraConfig, orthogonality, triplets_of
 from ronna.peft.methods import NAME, PeftConfig, adapt, longest_text, reads_base, trained
 from ronna.runfile import FinetuneRun, PretrainRun, StartConfig
@@ -71,7 +72,7 @@ class Parts:
 # Pre-training
 
 
-def assemble_pretrain(run: PretrainRun, packed: Packed | None = None) -> Parts:
+def assemble_pretrain(run: PretrainRun, packed: Packed | None = None, world: World = ALONE) -> Parts:
     """A model on `packed` rows, which are read where they are not given."""
     packed = read_packed(run) if packed is None else packed
     shards, tokenizer, objective = packed.shards, packed.tokenizer, packed.objective
@@ -83,7 +84,7 @@ def assemble_pretrain(run: PretrainRun, packed: Packed | None = None) -> Parts:
     if folder is not None:
         validation = Shards(folder, expect_tokenizer=tokenizer.hash)
         held = PackedDocuments(validation, run.train.length, objective.overhead)
-        parts.evaluate = loss_on(parts, held, run)
+        parts.evaluate = loss_on(parts, held, run, world)
     return parts
 
 
@@ -107,22 +108,29 @@ def pretrain_model(run: PretrainRun, packed: Packed) -> Transformer:
     return loaded.model
 
 
-def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun) -> Callable[[Stop], Evaluation | None]:
-    """Mean of each loss term over the first rows of held-out data, under the same masks every time."""
+def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun, world: World) -> Callable[[Stop], Evaluation | None]:
+    """Mean of each loss term over the first rows of held-out data, which the ranks share, under the same masks every
+    time."""
     rows = min(len(held), run.data.validation_rows)
+    objective, size = parts.objective, run.train.micro_batch or run.train.batch
+
+    def batch_of(items: Sequence[int]) -> Batch:
+        samples = [s for i in items for s in objective.samples(held[i], sample_rng(run.seed, i))]
+        return collate(objective, samples, parts.model.device)
 
     @torch.inference_mode()
     def evaluate(stop: Stop) -> Evaluation | None:
         parts.model.eval()
         totals = Totals()
-        for first in range(0, rows, run.train.micro_batch or run.train.batch):
+        for first in range(0, rows, size):
             if stop():
                 return None
-            items = range(first, min(rows, first + (run.train.micro_batch or run.train.batch)))
-            samples = [s for i in items for s in parts.objective.samples(held[i], sample_rng(run.seed, i))]
-            batch = collate(parts.objective, samples, parts.model.device)
-            loss = parts.objective.loss(parts.model, batch)
-            totals.add(loss.sums | loss.stats, batch.counts)
+            items = range(first, min(rows, first + size))
+            mine = world.share(items)
+            batch = batch_of(mine) if mine else batch_of(items[:1]).standing_in()
+            loss = objective.loss(parts.model, batch)
+            totals.add(loss.nothing() if batch.stands_in else loss.sums | loss.stats, batch.counts)
+        totals = Totals(world.total_sums(totals.sums), world.total_counts(totals.counts))
         return Evaluation(totals.means(), "loss", higher_is_better=False)
 
     return evaluate

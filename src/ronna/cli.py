@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -196,6 +197,9 @@ def add_verb(group: Any, leaf: str, name: str, verb: Verb) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object on standard output at the end")
     if name in ("pretrain", "finetune"):
         sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+        sub.add_argument("--nproc", type=int, metavar="N", help="train on N processes of this machine (see torchrun)")
+        again = "times that all processes start again when one is lost (default 3)"
+        sub.add_argument("--restarts", type=int, default=3, metavar="N", help=again)
 
 
 def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
@@ -225,11 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = settings(verb, arguments)
         if arguments.json and getattr(config, "output", None) == "-":
             raise RonnaError("--json and the predictions both want standard output", fix="give --output FILE")
+        if getattr(arguments, "nproc", None) is not None and "WORLD_SIZE" not in os.environ:
+            command = sys.argv[1:] if argv is None else argv
+            return importlib.import_module("ronna.launch").launch(arguments.nproc, command, arguments.restarts)
         module, _, function = verb.run.partition(":")
         options = {"resume": True} if getattr(arguments, "resume", False) else {}
         result = getattr(importlib.import_module(module), function)(config, **options)
     except RonnaError as error:
-        print(f"ronna: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"ronna: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0
@@ -240,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("ronna: stopped as asked; go on with --resume", file=sys.stderr)
         return INTERRUPTED
-    if arguments.json:
+    if arguments.json and result:  # which on other ranks than the first is empty
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
     else:
         for line in result.get("lines", ()):

@@ -20,13 +20,16 @@ from ronna.base.config import dump_toml
 from ronna.base.device import choose_device, choose_precision, peak_bytes, seed_for
 from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap, keep_few_kernels
-from ronna.base.track import Tracker, say
+from ronna.base.track import Tracker, Unheard, say
+from ronna.compatible import refuse_apart, refuse_shared
 from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
 from ronna.model.recompute import recompute_blocks
 from ronna.model.transformer import Transformer
 from ronna.packed import Packed, read_packed
+from ronna.parallel.sharded import shard
+from ronna.parallel.world import ALONE, World, joined
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
@@ -34,12 +37,13 @@ from ronna.peft.own import every_parameter
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.stored import Store, open_folder
-from ronna.train.checkpoint import load_latest
+from ronna.train.checkpoint import Checkpoint, load_checkpoint, load_latest
 from ronna.train.checkpointer import Checkpointer
 from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
 from ronna.train.feed import Feed, length_plan, row_plan
 from ronna.train.loop import Interrupted, Progress, Run
 from ronna.train.optim import load_optimizer_tensors, optimizer_tensors
+from ronna.train.pieces import Resharded
 from ronna.train.schedule import lr_scale
 from ronna.train.shelf import Shelf
 from ronna.train.stepping import stepping
@@ -52,6 +56,7 @@ FREE = {
     "device": True,
     "track": True,
     "search": True,
+    "parallel": True,
     "train": {"log_every", "keep", "save_every", "recompute", "memory"},
 }
 
@@ -76,12 +81,13 @@ class Training:
         heap: Heap | None = None,
         fit: Fit | None = None,
         data: Labelled | Packed | None = None,
+        world: World = ALONE,
     ):
         """fit: what it is expected to take, where anybody could tell. data: what it was assembled from."""
         self.run, self.parts, self.device, self.resume, self.heap = run, parts, device, resume, heap
-        self.fit, self.data = fit, data
+        self.fit, self.data, self.world = fit, data, world
         self.progress: Progress | None = None
-        self.out, self.store = Path(run.out), Store(parts)
+        self.out, self.store = Path(run.out), Store(parts, world)
         self.shelf = Shelf(self.out) if run.train.offload and device.type == "cpu" else None
         config = run.train
         if parts.lengths is None:
@@ -91,7 +97,7 @@ class Training:
             plan, per_epoch = length_plan(
                 parts.lengths, run.seed, config.batch, config.micro_batch, config.batch_tokens
             )
-        self.feed = Feed(parts.objective, parts.data, plan, run.seed, device)
+        self.feed = Feed(parts.objective, parts.data, plan, run.seed, device, world)
         tokens = len(parts.data) * config.length if parts.lengths is None else float(parts.lengths.sum())
         epochs = config.tokens / tokens if config.tokens else config.epochs or 1
         wanted = epochs * per_epoch
@@ -103,7 +109,7 @@ class Training:
         self.notes: list[str] = []
 
     def check(self) -> list[Check]:
-        """The checks of `doctor`, on the first step's samples."""
+        """The checks of `doctor`, on the first step's samples of all ranks."""
         return check_start(self.parts.model, self.parts.objective, self.feed.samples(0))
 
     def execute(self) -> dict[str, Any]:
@@ -120,23 +126,16 @@ class Training:
         if wants_compile(run.train.compile, self.device):
             compile_blocks(parts.model)
         recompute_blocks(parts.model, run.train.recompute)
+        if self.world.size > 1:
+            shard(parts.model, self.world)
         ways = stepping(parts.model, run.optim, run.train, parts.used, self.shelf)
         named, optimizers, update = ways.named, ways.optimizers, ways.update
         if self.checkpoint is not None:
-            load_optimizer_tensors(optimizers, named(), self.checkpoint.tensors("optimizer"))
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
-        track = run.track
-        tracker = Tracker(
-            self.out,
-            tensorboard=track.tensorboard,
-            wandb=track.wandb,
-            trackio=track.trackio,
-            total_steps=self.total_steps,
-        )
+            stored = Resharded(self.checkpoint.tensors("optimizer"), dict(named()))
+            load_optimizer_tensors(optimizers, named(), stored)
         root = self.out / "checkpoints"
-        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep)
-        with tracker, keeper as saver:
+        keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, world=self.world)
+        with self.tracker() as tracker, keeper as saver:
             if self.resume:
                 tracker.resume(progress.step + 1)
 
@@ -153,7 +152,7 @@ class Training:
                 parts.model, parts.objective, self.feed, optimizers, run.schedule, run.train, self.total_steps,
                 run.seed, tracker, progress, parts.evaluate, save,
                 self.keep_best if isinstance(run, FinetuneRun) else None, give_up, saved_step=progress.step,
-                away=ways.away, update=update,
+                away=ways.away, update=update, world=self.world,
             )  # fmt: skip
             self.progress = loop.progress
             loop.hooks += [hook for hook in (self.heap, self.allocator) if hook is not None]
@@ -167,9 +166,33 @@ class Training:
                 loop.hooks.append(FirstStep(parts.model, lambda: peak * first(), update.gradient_norm))
             return loop.train()
 
+    def tracker(self) -> Tracker | Unheard:
+        """What a run's numbers go to; its folder is there then, and its run file in it."""
+        if not self.world.main:
+            return Unheard()
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "run.toml").write_text(dump_toml(self.run), encoding="utf-8")
+        track = self.run.track
+        return Tracker(
+            self.out,
+            tensorboard=track.tensorboard,
+            wandb=track.wandb,
+            trackio=track.trackio,
+            total_steps=self.total_steps,
+        )
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, the same on every rank."""
+        root = self.out / "checkpoints"
+        found = load_latest(root, expect=self.hashes) if self.world.main else None
+        step = self.world.told(-1 if found is None else found.step)
+        if self.world.main or step < 0:
+            return found
+        return load_checkpoint(root / f"step-{step:08d}", expect=self.hashes)
+
     def restore(self) -> Progress:
         """Weights and counters of the newest whole checkpoint, if this is a resumption that has one."""
-        self.checkpoint = load_latest(self.out / "checkpoints", expect=self.hashes) if self.resume else None
+        self.checkpoint = self.newest() if self.resume else None
         if self.checkpoint is None:
             return Progress()
         self.notes += [*self.checkpoint.notes, f"resuming from {self.checkpoint.path.name}"]
@@ -190,21 +213,27 @@ class Training:
     def keep_best(self) -> None:
         """Put the present weights at out/model, whole or not at all."""
         final, fresh, old = self.out / "model", self.out / "model.new", self.out / "model.old"
-        for leftover in (fresh, old):
+        for leftover in (fresh, old) if self.world.main else ():
             shutil.rmtree(leftover, ignore_errors=True)
         self.store.write(fresh)
+        if not self.world.main:
+            return
         if final.exists():
             os.rename(final, old)
         os.rename(fresh, final)
         shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, progress: Progress, **more: Any) -> dict[str, Any]:
-        """Test the model that is kept, and write the report; `more` are further fields of it."""
+        """Test the model that is kept, and write the report; `more` are further fields of it. Rank 0 does it for all,
+        who have nothing to report."""
         if progress.best is None or isinstance(self.run, PretrainRun):
             self.keep_best()
+        if not self.world.main:
+            return {}
         best, dtype, held = self.parts.model, self.parts.model.compute, held_in(self.parts.model)
         if isinstance(self.run, FinetuneRun):  # the folder, as `evaluate` will read it
-            let_go(self.parts.model)
+            if self.world.size == 1:
+                let_go(self.parts.model)
             best = open_folder(self.out / "model", self.run.model.quantize, dtype).model.to(self.device, dtype)
         best.compute = dtype
         scores = self.parts.test(best)
@@ -260,22 +289,13 @@ def training_account(p: Progress) -> dict[str, Any]:
     }
 
 
-def refuse_lean(run: AnyRun) -> None:
-    """RonnaError for ways to save memory that do not go together."""
-    config = run.train
-    lean = [("weights", config.weights == "bf16"), ("fused_backward", config.fused_backward)]
-    lean.append(("offload", "optimizer" in config.offload))
-    asked = [name for name, wanted in lean if wanted]
-    if asked and isinstance(run, FinetuneRun) and run.peft is not None:
-        what = "what an adapter trains is small already"
-        raise RonnaError(what, where=f"train.{asked[0]}", fix="leave it out, or leave out peft")
-    if config.fused_backward and (config.micro_batch or config.batch) < config.batch:
-        what = "a gradient that is used at once cannot be added up over micro-batches"
-        raise RonnaError(what, where="train.fused_backward", fix="leave out train.micro_batch, or fused_backward")
-
-
 def prepare_run(
-    run: AnyRun, *, resume: bool = False, data: Labelled | Packed | None = None, fit: Fit | None = None
+    run: AnyRun,
+    *,
+    resume: bool = False,
+    data: Labelled | Packed | None = None,
+    fit: Fit | None = None,
+    world: World = ALONE,
 ) -> Training:
     """Everything of a run but the running: data read and the run planned, unless they are given; model built, on the
     device, in the chosen precision."""
@@ -284,14 +304,16 @@ def prepare_run(
         raise RonnaError("this folder holds a run already", where=str(out), fix="add --resume, or choose another out")
     if settled := resume and (out / "run.toml").exists():
         run = as_planned(run, out)
-    refuse_lean(run)
+    refuse_apart(run)
+    if world.size > 1:
+        refuse_shared(run)
     torch.manual_seed(seed_for(run.seed))
     keep_few_kernels()
     device = choose_device(run.device)
     dtype, reason = choose_precision(run.train.precision, device)
     if data is None:
         data = read_packed(run) if isinstance(run, PretrainRun) else read_labelled(run)
-    if fit is None:
+    if fit is None and world.size == 1:
         fit = fitted(run, data, device, dtype, settled=settled)
     run = run if fit is None else fit.run
     if fit is not None and run.train.memory is not None and isinstance(data, Labelled):
@@ -299,7 +321,7 @@ def prepare_run(
         data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, fit.tokens)))
     tight = fit is not None and fit.tight
     heap = Heap(tight, None if fit is None else fit.planned + LITTLE) if device.type == "cpu" else None
-    parts = assemble(run, data)
+    parts = assemble(run, data, world)
     parts.model.compute = dtype
     parts.model.to(device)
     if parts.prepare is not None:
@@ -309,21 +331,27 @@ def prepare_run(
         freeze_to(parts.model, dtype)
     cfg = parts.model.cfg
     say(f"model: {cfg.params():,} parameters, computing in {str(dtype).removeprefix('torch.')} on {device} ({reason})")
-    return Training(run, parts, device, resume, heap, fit, data)
+    return Training(run, parts, device, resume, heap, fit, data, world)
 
 
-def assemble(run: AnyRun, data: Labelled | Packed) -> Parts:
+def assemble(run: AnyRun, data: Labelled | Packed, world: World) -> Parts:
     if isinstance(run, PretrainRun):
         assert isinstance(data, Packed)
-        return assemble_pretrain(run, data)
+        return assemble_pretrain(run, data, world)
     assert isinstance(data, Labelled)
     return assemble_finetune(run, data)
 
 
 def execute(run: AnyRun, *, resume: bool = False) -> dict[str, Any]:
-    """A run to its end, by the next plan where one proves too large for the memory there is; returns the report."""
+    """A run to its end, by the next plan where one proves too large for the memory there is; returns the report, which
+    on other ranks than the first is empty."""
+    with joined(run.parallel, run.device) as world:
+        return executed(run, resume, world)
+
+
+def executed(run: AnyRun, resume: bool, world: World) -> dict[str, Any]:
     began = time.perf_counter()
-    training = prepare_run(run, resume=resume)
+    training = prepare_run(run, resume=resume, world=world)
     while (report := attempted(training)) is None:
         fit, data, training = training.fit, training.data, None  # type: ignore[assignment]  # before the next is there
         assert fit is not None

@@ -11,6 +11,7 @@ from ronna.model.fourbit import Quantize
 from ronna.objectives.clm import CLMConfig
 from ronna.objectives.denoise import DenoiseConfig
 from ronna.objectives.mlm import MLMConfig
+from ronna.parallel.world import ParallelConfig
 from ronna.peft.methods import PeftConfig
 from ronna.tasks.classify import ClassifyConfig
 from ronna.tasks.table import TaskConfig
@@ -91,6 +92,7 @@ class PretrainRun(Config):
     optim: OptimizerConfig = AdamW()
     schedule: Schedule = Linear(warmup=0.05)
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
     track: TrackConfig = TrackConfig()
 
 
@@ -116,6 +118,7 @@ class FinetuneRun(Config):
     schedule: Schedule = Linear(warmup=0.06)
     train: TrainConfig = TrainConfig(epochs=3)
     search: SearchConfig | None = None
+    parallel: ParallelConfig = ParallelConfig()
     track: TrackConfig = TrackConfig()
 
     @classmethod

@@ -30,7 +30,9 @@ from ronna.assemble import Labelled, higher_is_better, read_labelled
 from ronna.base.config import dump_toml
 from ronna.base.errors import RonnaError
 from ronna.base.track import say
+from ronna.compatible import refuse_shared
 from ronna.pages import number
+from ronna.parallel.world import started_with_others
 from ronna.ranges import import_optuna, merit, ranges_of, suggest, with_settings
 from ronna.report import Search, Trial
 from ronna.run import execute, identity, prepare_run
@@ -45,6 +47,8 @@ def finetune(run: FinetuneRun, *, resume: bool = False) -> dict[str, Any]:
     """Train, or search and train; returns the report. Raises RonnaError, and Interrupted when stopped."""
     if run.search is None:
         return execute(run, resume=resume)
+    if started_with_others():
+        refuse_shared(run)
     began = time.perf_counter()
     report = search(run, run.search, resume=resume)
     say(f"done in {time.perf_counter() - began:,.0f} s: {Path(run.out) / 'report.html'}")

@@ -1,6 +1,7 @@
 """What of a model a run writes and reads: the whole of it as a Hugging Face folder, or an adapter as a PEFT folder."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ronna.model.families import read_config, read_config_json
 from ronna.model.folder import Loaded, is_language_model, load_folder, load_weights, save_config, save_folder
 from ronna.model.fourbit import Quantize
 from ronna.model.tensorfiles import fingerprint
+from ronna.parallel.sharded import gathered
+from ronna.parallel.world import ALONE, World
 from ronna.peft.changes import activate
 from ronna.peft.files import AdapterFolder, is_adapter, read_adapter
 from ronna.peft.folder import attach_adapter, write_adapter
@@ -27,15 +30,23 @@ from ronna.train.checkpoint import Checkpoint
 class Store:
     """Writes and reads what a run trains. A frozen base is not written again: its folder is named."""
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    def __init__(self, parts: Parts, world: World = ALONE):
+        self.parts, self.world = parts, world
 
     def apart(self) -> dict[str, dict[str, Tensor]]:
         """What `restore` needs in its own names beside the folder that others read."""
         return {} if self.parts.peft is None else {"trained": dict(trained(self.parts.model))}
 
     def write(self, folder: Path) -> None:
-        """A folder that transformers (or peft) loads, the tokenizer in it. Raises OSError where the disk refuses."""
+        """A folder that transformers (or peft) loads, the tokenizer in it: by rank 0, which the others help. Raises
+        OSError where the disk refuses."""
+        parts = self.parts
+        state = parts.model.state_dict() if parts.peft is None else dict(trained(parts.model))
+        with gathered(state, self.world) as whole:
+            if whole is not None:
+                self.write_state(folder, whole)
+
+    def write_state(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         parts = self.parts
         more: dict[str, Any] = {
             "labels": parts.labels,
@@ -43,9 +54,9 @@ class Store:
             "extra_config": token_ids(parts.tokenizer) | parts.folder_keys,
         }
         if parts.peft is None:
-            save_folder(parts.model, parts.family, folder, **more)
+            save_folder(parts.model, parts.family, folder, tensors=state, **more)
         else:
-            write_adapter(parts.model, parts.family, folder, parts.peft, parts.base)
+            write_adapter(parts.model, parts.family, folder, parts.peft, parts.base, tensors=state)
             save_config(parts.model.cfg, parts.family, folder, **more)
         parts.tokenizer.save(folder)
         for name, text in parts.folder_files.items():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ronna.base.errors import RonnaError
 from ronna.train import checkpoint as module
+from ronna.train import pieces
 from ronna.train.checkpoint import load_latest, save_checkpoint, verify
 from ronna.train.checkpointer import Checkpointer
 
@@ -132,8 +133,8 @@ def failing_save_file(*_):
 
 
 PLACES = {
-    "tensors": (module, "save_tensors", failing(errno.ENOSPC)),
-    "the library": (module, "save_tensors", failing_save_file),
+    "tensors": (pieces, "save_tensors", failing(errno.ENOSPC)),
+    "the library": (pieces, "save_tensors", failing_save_file),
     "text": (Path, "write_text", failing(errno.ENOSPC)),
     "quota": (Path, "write_text", failing(errno.EDQUOT)),
     "sync": (os, "fsync", failing(errno.ENOSPC)),

@@ -34,8 +34,9 @@ class WandbConfig(Config):
 
 
 def say(text: str) -> None:
-    """One line of prose on stderr, above the progress bar if there is one."""
-    print(text, file=sys.stderr, flush=True)
+    """One line of prose on stderr, above the progress bar if there is one; of several ranks, the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def say_marked(title: str, pieces: Sequence[tuple[str, bool]]) -> None:
@@ -157,6 +158,22 @@ class Tracker:
             parts.append(f"ETA {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
         parts.append(f"{numbers.get('memory_bytes', resident_bytes()) / 2**30:.2f} GiB")
         return "  ".join(parts)
+
+
+class Unheard:
+    """The tracker of a rank that another one speaks for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, numbers: Numbers, kind: str = "train") -> None:
+        pass
 
 
 class _LineFile:

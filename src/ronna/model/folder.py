@@ -277,17 +277,18 @@ def save_folder(
     """
     cfg, folder = model.cfg, Path(folder)
     config = folder_config(family, cfg, labels, problem_type, extra_config)
-    state = model.state_dict() if tensors is None else tensors
+    own = model.state_dict()
+    state = own if tensors is None else tensors
     bare = family.prefix if cfg.head is None and cfg.classifier is None else ""
     names, pieces = family.names(cfg), dict[str, list[tuple[Weight, str]]]()
     for name in parameter_names(cfg):
         weight = locate(names, name)
         pieces.setdefault(family.stored_name(cfg, weight.name).removeprefix(bare), []).append((weight, name))
-    kinds = {key: dtype or state[parts[0][1]].dtype for key, parts in sorted(pieces.items())}
-    sizes = {key: sum(state[name].numel() for _, name in pieces[key]) * kinds[key].itemsize for key in kinds}
+    kinds = {key: dtype or own[parts[0][1]].dtype for key, parts in sorted(pieces.items())}
+    sizes = {key: sum(own[name].numel() for _, name in pieces[key]) * kinds[key].itemsize for key in kinds}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, kinds, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
-    config["dtype"] = dtype_name(dtype or state["embedding.tokens.weight"].dtype)
+    config["dtype"] = dtype_name(dtype or own["embedding.tokens.weight"].dtype)
     write_config(folder, config)
 
 

@@ -163,6 +163,7 @@ def save_tensors(
     kinds: Mapping[str, torch.dtype],
     make: Callable[[str], Tensor],
     written: Callable[[Tensor], object] = lambda tensor: None,
+    metadata: Mapping[str, str] = {},
 ) -> int:
     """Write a safetensors file of the tensors that `make` returns by key, one in memory at a time, and return how many
     numbers they are. `kinds` are their types; `written` is told of each one that is done.
@@ -170,8 +171,8 @@ def save_tensors(
     Wide numbers come first, so that all lie at a multiple of their size. Where they lie is known at the end, and is
     written into the room that was left for it.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    room = sum(len(json.dumps(key)) + ENTRY for key in kinds) // 8 * 8 + ENTRY
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    room = (len(json.dumps(header)) + sum(len(json.dumps(key)) + ENTRY for key in kinds)) // 8 * 8 + ENTRY
     end = count = 0
     with path.open("wb") as file:
         file.seek(8 + room)

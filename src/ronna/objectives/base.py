@@ -41,16 +41,20 @@ class Batch:
     source: Tensor | None = None
     source_sequences: Sequences | None = None
     targets: Tensor | None = None  # (B,) or (B, labels)
+    stands_in: bool = False  # computed as other ranks wait for this one to compute something; adds nothing
 
     @property
     def real_tokens(self) -> int:
-        return len(self.tokens) + (0 if self.source is None else len(self.source))
+        return 0 if self.stands_in else len(self.tokens) + (0 if self.source is None else len(self.source))
 
     @property
     def computed_positions(self) -> int:
         """Cells of the rectangles that attention works on where it needs rectangles."""
-        views = [s.packed for s in (self.sequences, self.source_sequences) if s]
+        views = [s.packed for s in (self.sequences, self.source_sequences) if s and not self.stands_in]
         return sum(v.rows * v.columns for v in views)
+
+    def standing_in(self) -> "Batch":
+        return replace(self, counts=dict.fromkeys(self.counts, 0), stands_in=True)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Loss:
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def nothing(self) -> dict[str, Tensor]:
+        """Its sums and statistics over nothing."""
+        return {name: torch.zeros_like(value) for name, value in (self.sums | self.stats).items()}
 
 
 @dataclass

@@ -3,7 +3,8 @@
     checkpoints/step-00001000/
         manifest.json           written last: size and sha256 of every file, hashes of config, tokenizer, data
         state.json              step, tokens, counters, best score ...
-        optimizer.safetensors   one file for each group of tensors
+        optimizer.safetensors   one file for each group of tensors; optimizer-00001-of-00002.safetensors and so on
+                                where they lie in parts on several ranks
         model/                  in Hugging Face layout
 
 A checkpoint is written to `step-00001000.tmp-<id>` and gets its name by one rename, when every byte is on the
@@ -23,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
-from ronna.model.tensorfiles import save_tensors
+from ronna.parallel.world import ALONE, World
+from ronna.train.pieces import StoredTensors, find_pieces, write_pieces
 
 MANIFEST, STATE, MODEL = "manifest.json", "state.json", "model"
 FORMAT = 1
@@ -54,39 +56,16 @@ class Checkpoint:
     def model_dir(self) -> Path:
         return self.path / MODEL
 
-    def tensors(self, stem: str) -> "StoredTensors":
+    def tensors(self, stem: str) -> StoredTensors:
         """The tensors of `stem`.safetensors, on the CPU, read whenever they are asked for.
 
         Raises RonnaError if the checkpoint has none.
         """
-        file = self.path / f"{stem}.safetensors"
-        if not file.is_file():
+        files = find_pieces(self.path, stem)
+        if not files:
             has = ", ".join(sorted(f.stem for f in self.path.glob("*.safetensors"))) or "none"
             raise RonnaError(f"holds no tensors called {stem!r} (it has: {has})", where=str(self.path))
-        return StoredTensors(file)
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a file, each read when it is looked up: who looks holds it, nobody else.
-
-    Read, not mapped: pages of a mapped file count as the process's memory for as long as one of its tensors is there.
-    """
-
-    def __init__(self, path: Path):
-        self._file = safe_open(path, framework="pt", backend="pread")
-        self._names = self._file.keys()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return StoredTensors(files)
 
 
 def save_checkpoint(
@@ -113,6 +92,7 @@ def write_checkpoint(
     model_files: Callable[[Path], None],
     state: dict[str, Any],
     written: Callable[[Tensor], object] = lambda tensor: None,
+    world: World = ALONE,
 ) -> Path:
     """Hand everything of `root`/step-N to the system, and return the folder it is in for now.
 
@@ -120,17 +100,29 @@ def write_checkpoint(
     writes the model into the folder it is given, `state` is strict JSON. A whole checkpoint of the same step is never
     overwritten, a damaged one is set aside. Raises RonnaError when the disk is full, read-only or failing: nothing
     half-written is left then, older checkpoints are as they were, and training can go on.
+
+    Every rank of a run calls it, and writes its part of the tensors; where one fails, all raise.
     """
     final = root / f"step-{step:08d}"
-    staging = root / f"{final.name}.tmp-{secrets.token_hex(4)}"
-    with _staged(staging, final):
+    staging = root / f"{final.name}.tmp-{world.told(secrets.randbits(32)):08x}"
+
+    def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
         _set_aside_damaged(final)
         (staging / MODEL).mkdir(parents=True)
+
+    def part() -> None:
         for stem, group in tensors.items():
-            kinds = {name: tensor.dtype for name, tensor in group.items()}
-            save_tensors(staging / f"{stem}.safetensors", kinds, group.__getitem__, written)
-        (staging / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+            write_pieces(staging, stem, group, world, written)
+        if world.main:
+            (staging / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+
+    with _staged(staging, final, world):
+        if world.main:
+            begin()
+    with _staged(staging, final, world):
+        part()
+    with _staged(staging, final, world):
         model_files(staging / MODEL)
     return staging
 
@@ -156,16 +148,22 @@ def settle_checkpoint(staging: Path, *, hashes: dict[str, str], keep: int = 2, p
 
 
 @contextmanager
-def _staged(staging: Path, final: Path) -> Iterator[None]:
-    """Whatever fails inside, nothing half-written is left."""
+def _staged(staging: Path, final: Path, world: World = ALONE) -> Iterator[None]:
+    """Whatever fails inside, on whichever rank, nothing half-written is left, and every rank knows."""
+    failure: Exception | None = None
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise _disk_error(error, final) from error
+        failure = _disk_error(error, final)
+        failure.__cause__ = error
+    except RonnaError as error:
+        failure = error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    if world.any(failure is not None):
+        shutil.rmtree(staging, ignore_errors=True)
+        raise failure or RonnaError("another rank could not save its part of the checkpoint", where=str(final))
 
 
 def _write_manifest(folder: Path, step: int, hashes: dict[str, str]) -> None:

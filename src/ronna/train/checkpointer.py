@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
+from ronna.parallel.world import ALONE, World
 from ronna.train.checkpoint import settle_checkpoint, write_checkpoint
 
 
@@ -21,7 +22,7 @@ class Checkpointer:
     """Saves into one folder while training goes on: a step that saves pays for handing its numbers to the system, one
     tensor at a time and without a copy in memory; a thread sees them to the disk.
 
-    Use it as a context manager, on one process of a run. It holds a lock on `root` (given up by the system
+    Use it as a context manager, on every rank of a run. Rank 0's holds a lock on `root` (given up by the system
     even after a kill), so whatever others left half-written there is deleted at the start. A failed save is
     told to `report` and training goes on, with the older checkpoints as they were; leaving the context waits
     for the last save and raises its RonnaError if it failed. Errors that are not the disk's come out of `save`,
@@ -35,16 +36,19 @@ class Checkpointer:
         hashes: dict[str, str],
         report: Callable[[str], None],
         keep: int = 2,
+        world: World = ALONE,
     ):
         """Raises RonnaError when `root` cannot be written to, or when another live process saves there."""
         self.root = root
         self.latest: Path | None = None  # the newest checkpoint this run knows to be whole
-        self._hashes, self._report, self._keep = hashes, report, keep
+        self._hashes, self._report, self._keep, self._world = hashes, report, keep, world
         self._pending: Future[Path] | None = None
         self._failure: RonnaError | None = None
-        self._lock = _lock(root)
-        for leftover in root.glob("step-*.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._lock = None
+        if world.main:
+            self._lock = _lock(root)
+            for leftover in root.glob("step-*.tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def save(
@@ -61,10 +65,13 @@ class Checkpointer:
         self.wait()
         try:
             staging = write_checkpoint(
-                self.root, step, tensors=tensors, model_files=model_files, state=state, written=written
-            )
+                self.root, step, tensors=tensors, model_files=model_files, state=state, written=written,
+                world=self._world,
+            )  # fmt: skip
         except RonnaError as failure:
             self._failed(failure)
+            return
+        if not self._world.main:
             return
         job = partial(settle_checkpoint, staging, hashes=self._hashes, keep=self._keep, protect=frozenset(protect))
         self._pending = self._pool.submit(job)

@@ -14,6 +14,7 @@ from ronna.model.recompute import recomputed_blocks
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Sample, collate, last_states, of_whole_batch
+from ronna.parallel.sharded import local
 from ronna.train.loop import gradients
 
 SAMPLES = 8  # of the first batch, enough for every check
@@ -246,7 +247,7 @@ class FirstStep:
         self.done = False
 
     def fingerprints(self) -> dict[str, int]:
-        return {n: bits(p) for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: bits(local(p)) for n, p in self.model.named_parameters() if p.requires_grad}
 
     def __call__(self, step: int) -> None:
         if self.done:
@@ -256,7 +257,8 @@ class FirstStep:
         after = self.fingerprints()
         norms = {n: self.gradient_norm(parameters[n]) for n in self.before}
         no_gradient = [n for n, norm in norms.items() if norm is None]
-        visible = {n for n, norm in norms.items() if norm and math.isfinite(norm) and self.shows(parameters[n])}
+        finite = (n for n, norm in norms.items() if norm and math.isfinite(norm))
+        visible = {n for n in finite if self.shows(local(parameters[n]))}
         still = [n for n in visible if after[n] == self.before[n]]
         refuse_failed(
             [

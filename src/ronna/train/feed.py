@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,33 +12,48 @@ import torch
 from ronna.data.loader import Order, positions_for, sample_rng
 from ronna.data.packing import length_batches
 from ronna.objectives.base import Batch, Objective, Sample, collate
+from ronna.parallel.world import ALONE, World
 
 Plan = list[list[tuple[int, int]]]  # micro-batches of (position in the whole run, index in the data)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Calling it with a step gives that step's micro-batches on the device."""
+    """Calling it with a step gives that step's micro-batches on the device, of each the part of this rank."""
 
     objective: Objective
     data: Sequence[Any]
     plan: Callable[[int], Plan]
     seed: int
     device: torch.device
+    world: World = ALONE
 
     def samples(self, step: int) -> list[list[Sample]]:
-        """The samples of each micro-batch of a step, with masks and choices drawn for them."""
+        """The samples of each micro-batch of a step, those of all ranks, with masks and choices drawn for them."""
+        return [self.drawn(micro) for micro in self.plan(step)]
+
+    def drawn(self, places: Sequence[tuple[int, int]]) -> list[Sample]:
         return [
-            [
-                sample
-                for position, index in micro
-                for sample in self.objective.samples(self.data[index], sample_rng(self.seed, position))
-            ]
-            for micro in self.plan(step)
+            sample
+            for position, index in places
+            for sample in self.objective.samples(self.data[index], sample_rng(self.seed, position))
         ]
 
     def __call__(self, step: int) -> list[Batch]:
-        return [collate(self.objective, samples, self.device) for samples in self.samples(step) if samples]
+        alone = self.world.size == 1  # else every rank computes as many micro-batches as the others
+        parts = [self.drawn(self.world.share(micro)) for micro in self.plan(step)]
+        return [self.batch(samples) for samples in parts if samples or not alone]
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        if samples:
+            return collate(self.objective, samples, self.device)
+        return collate(self.objective, self.substitute, self.device).standing_in()
+
+    @cached_property
+    def substitute(self) -> list[Sample]:
+        """Of the first item that has samples."""
+        drawn = (self.objective.samples(item, sample_rng(self.seed, 0)) for item in self.data)
+        return next(filter(None, drawn))
 
 
 def row_plan(items: int, seed: int, batch: int, micro: int) -> tuple[Callable[[int], Plan], int]:

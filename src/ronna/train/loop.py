@@ -21,6 +21,8 @@ from ronna.base.errors import RonnaError
 from ronna.model.recompute import Recompute
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Objective, Totals, WholeBatch, of_whole_batch
+from ronna.parallel.sharded import rest
+from ronna.parallel.world import ALONE, World
 from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import Schedule, lr_scale, set_lr
 from ronna.train.update import Backward, Update, WholeUpdate
@@ -133,32 +135,41 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
 
 
 def gradients(
-    model: Transformer, objective: Objective, batches: list[Batch], seed: int, walk: Backward = Tensor.backward
+    model: Transformer,
+    objective: Objective,
+    batches: list[Batch],
+    seed: int,
+    walk: Backward = Tensor.backward,
+    world: World = ALONE,
 ) -> Totals:
-    """Add the gradient of one step to the parameters, or do with it what `walk` does; return losses and statistics.
+    """Add the gradient of one step to the parameters, or do with it what `walk` does; return the counts of all ranks,
+    and losses and statistics of this one.
 
-    Each term is divided once, by its count over all micro-batches: how the step is cut up cannot matter.
+    Each term is divided once, by its count over all micro-batches of all ranks: how the step is cut up cannot matter.
     """
     counts: dict[str, int] = {}
     for batch in batches:
         for term, n in batch.counts.items():
             counts[term] = counts.get(term, 0) + n
-    totals = Totals(counts=counts)
+    totals = Totals(counts=world.total_counts(counts))
     if len(batches) > 1 and of_whole_batch(objective):
         cached_gradients(model, objective, batches, seed, totals)
         return totals
     for i, batch in enumerate(batches):
-        torch.manual_seed(seed_for(seed, i))  # dropout follows from (seed, step, micro-batch)
-        backward(objective.loss(model, batch), totals, walk)
+        place = (i,) if world.size == 1 else (i, world.rank)
+        torch.manual_seed(seed_for(seed, *place))  # dropout follows from (seed, step, micro-batch, rank)
+        backward(objective.loss(model, batch), totals, walk, batch.stands_in)
     return totals
 
 
-def backward(loss: Loss, totals: Totals, walk: Backward = Tensor.backward) -> None:
-    """Add the gradient of the terms' means to the parameters, and their sums to the totals, whose counts divide."""
+def backward(loss: Loss, totals: Totals, walk: Backward = Tensor.backward, stands_in: bool = False) -> None:
+    """Add the gradient of the terms' means to the parameters, and their sums to the totals, whose counts divide; of a
+    batch that only stands in for others, nothing."""
     terms = [total / totals.counts[term] for term, total in loss.sums.items() if totals.counts[term]]
     if terms:
-        walk(torch.stack(terms).sum())
-    totals.add(loss.sums | loss.stats, {})
+        mean = torch.stack(terms).sum()
+        walk(mean * 0.0 if stands_in else mean)
+    totals.add(loss.nothing() if stands_in else loss.sums | loss.stats, {})
 
 
 def cached_gradients(
@@ -217,6 +228,7 @@ class Run:
     saved_step: int = -1
     away: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None  # where activations wait, if not here
     update: Update | None = None  # None: all gradients, clipped together, then the optimizers
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())  # to walk the modules at every step takes half a millisecond
@@ -234,17 +246,22 @@ class Run:
         evaluate_every = self.config.evaluate_every or max(1, self.total_steps // 10)
         save_every = self.config.save_every or evaluate_every
         self.model.train()
-        with stop_flag() as stop:
+        with stop_flag() as asked:
+
+            def stop() -> bool:  # of every rank where one is asked to
+                return self.world.any(asked())
+
             while True:
                 last = p.step >= self.total_steps
                 paused = time.perf_counter()
                 if p.step and (p.step % evaluate_every == 0 or last):
                     last = self.judge(stop) or last
-                if stop() or (p.step and (p.step % save_every == 0 or last)):
+                stopping = stop()
+                if stopping or (p.step and (p.step % save_every == 0 or last)):
                     self.keep()
                 if last:
                     return p
-                if stop():
+                if stopping:
                     raise Interrupted
                 began = time.perf_counter()
                 window.started += began - paused  # evaluating and saving are not training
@@ -267,20 +284,21 @@ class Run:
             p.skipped_in_a_row = 0
             for hook in self.hooks:
                 hook(p.step)
-            tokens = sum(b.real_tokens for b in batches)
+            seen = [sum(b.real_tokens for b in batches), sum(b.computed_positions for b in batches)]
+            tokens, positions = self.world.total(seen)
             window.totals.add(totals.sums, totals.counts)
             window.tokens += tokens
             p.tokens += tokens
-            p.positions += sum(b.computed_positions for b in batches)
+            p.positions += positions
         for parameter in self.parameters:
             parameter.grad = None
         p.step += 1
 
     def gradients(self, batches: list[Batch], seed: int, walk: Backward) -> Totals:
         if self.away is None:
-            return gradients(self.model, self.objective, batches, seed, walk)
+            return gradients(self.model, self.objective, batches, seed, walk, self.world)
         with saved_tensors_hooks(*self.away):
-            return gradients(self.model, self.objective, batches, seed, walk)
+            return gradients(self.model, self.objective, batches, seed, walk, self.world)
 
     def skip(self, norm: Tensor) -> None:
         """A step without a usable gradient leaves weights and optimizer as they are."""
@@ -299,6 +317,7 @@ class Run:
         if not window.totals.counts:
             return
         p = self.progress
+        window.totals.sums = self.world.total_sums(window.totals.sums)
         scale = lr_scale(self.schedule, p.step - 1, self.total_steps)
         values = window.values() | {"lr_scale": scale, "tokens": p.tokens, "memory_bytes": resident_bytes()}
         self.log.log(p.step, values)
@@ -309,6 +328,7 @@ class Run:
         if self.evaluate is not None and not (p.history and p.history[-1]["step"] == p.step):
             evaluation = self.evaluate(stop)
             self.model.train()
+            rest(self.model)
             if evaluation is None:  # asked to stop in the middle of it
                 return False
             self.log.log(p.step, evaluation.scores, kind="validation")

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
+from ronna.parallel.sharded import local, whole
 from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
 
 Decay = Annotated[float, Field(ge=0.0)]
@@ -300,12 +301,12 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
         norms = tuple(norm_of(g) for g in gradients)
     else:
         norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total = whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
     if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
         return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
     scale = scaled_to(total, max_norm)
     by_device: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
+    for gradient in map(local, gradients):
         by_device[gradient.device].append(gradient)
     for device, group in by_device.items():
         torch._foreach_mul_(group, scale.to(device))
@@ -313,7 +314,9 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
 
 
 def norm_of(gradient: Tensor) -> Tensor:
-    """In float32, () on its device. A CPU would widen all of what is narrow first, so it is asked for in pieces."""
+    """In float32, () on its device; of a shard, of what lies here. A CPU would widen all of what is narrow first, so it
+    is asked for in pieces."""
+    gradient = local(gradient)
     if gradient.dtype == torch.float32 or gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=torch.float32)
     pieces = gradient.reshape(-1).split(WIDENED)

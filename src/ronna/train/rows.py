@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from ronna.model.transformer import Transformer
@@ -19,8 +20,8 @@ WORTHWHILE = 0.7
 
 class EmbeddingRows:
     """Stands between the backward pass and the optimizer: `merge` before clipping, `dense` around the optimizer
-    step. Elsewhere than on a CPU, or where a vocabulary head shares the table, the gradient is dense as always and
-    these do nothing.
+    step. Elsewhere than on a CPU, or where a vocabulary head shares the table or it lies in shards, the gradient is
+    dense as always and these do nothing.
 
     used: (N,) ids that the training data holds. The optimizer is then given these rows alone, under the table's own
     name; the others stay as they are, without decay too, and have no optimizer state. With `sparse` false the gradient
@@ -30,7 +31,8 @@ class EmbeddingRows:
     def __init__(self, model: Transformer, used: Tensor | None = None, sparse: bool = True):
         embedding = model.embedding.tokens
         tied = model.head is not None and model.head.cfg.tied
-        embedding.sparse = sparse and model.device.type == "cpu" and not tied and embedding.weight.requires_grad
+        alone = model.device.type == "cpu" and not isinstance(embedding.weight, DTensor)
+        embedding.sparse = sparse and alone and not tied and embedding.weight.requires_grad
         self.table: Parameter = embedding.weight  # type: ignore[assignment]
         self.trained: Parameter = self.table
         self.used: Tensor | None = None

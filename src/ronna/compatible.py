@@ -1,0 +1,40 @@
+"""What a run may not ask for together."""
+
+from ronna.base.errors import RonnaError
+from ronna.runfile import FinetuneRun, PretrainRun
+
+
+def refuse_apart(run: PretrainRun | FinetuneRun) -> None:
+    """RonnaError for ways to save memory that do not go together."""
+    config = run.train
+    lean = [("weights", config.weights == "bf16"), ("fused_backward", config.fused_backward)]
+    lean.append(("offload", "optimizer" in config.offload))
+    asked = [name for name, wanted in lean if wanted]
+    if asked and isinstance(run, FinetuneRun) and run.peft is not None:
+        what = "what an adapter trains is small already"
+        raise RonnaError(what, where=f"train.{asked[0]}", fix="leave it out, or leave out peft")
+    if config.fused_backward and (config.micro_batch or config.batch) < config.batch:
+        what = "a gradient that is used at once cannot be added up over micro-batches"
+        raise RonnaError(what, where="train.fused_backward", fix="leave out train.micro_batch, or fused_backward")
+
+
+SHARED = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as they step whole ones
+
+
+def refuse_shared(run: PretrainRun | FinetuneRun) -> None:
+    """RonnaError for what a run cannot do on several ranks."""
+    config = run.train
+    found = [("train.memory", "a plan for several ranks", config.memory is not None)]
+    found.append(("train.offload", "offloading", bool(config.offload)))
+    found.append(("train.weights", "weights held in bf16", config.weights == "bf16"))
+    found.append(("train.fused_backward", "the optimizer inside the backward pass", config.fused_backward))
+    found.append(("optim.kind", f"the optimizer {run.optim.kind}", run.optim.kind not in SHARED))
+    if isinstance(run, FinetuneRun):
+        found.append(("model.quantize", "a base in 4 bits", run.model.quantize is not None))
+        found.append(("task.kind", f"the task {run.task.kind}", run.task.kind in ("embed", "dpo")))
+        found.append(("search", "a search", run.search is not None))
+        adalora = run.peft is not None and run.peft.kind == "adalora"
+        found.append(("peft.kind", "adalora", adalora))
+    for where, what, asked in found:
+        if asked:
+            raise RonnaError(f"{what} does not work on several ranks yet", where=where, fix="leave it out, or --nproc")

@@ -1,0 +1,126 @@
+"""The processes of a run, and the plain numbers that they agree on.
+
+One process is the rule. Under `torchrun`, or whatever else sets its variables, a run has as many ranks as were
+started; each calls everything here at the same places in the same order, or all would wait for ever.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ronna.base.config import Config
+from ronna.base.errors import RonnaError
+
+T = TypeVar("T")
+
+
+class ParallelConfig(Config):
+    """How a run's ranks share its model."""
+
+    replicate: int = Field(1, ge=1)  # copies of the model, each in shards on its part of the ranks
+    timeout: float = Field(600.0, gt=0)  # seconds that a rank waits for the others
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank of `size`. mesh: (replicate, shard) ranks, None where there is one alone."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = field(default=None, compare=False)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def first_copy(self) -> bool:
+        """Whether this rank has part of the model's first copy."""
+        return self.mesh is None or self.mesh.get_local_rank("replicate") == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The part of a list that is this rank's: parts are consecutive and differ by one item at most."""
+        n = len(items)
+        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """Sums over all ranks."""
+        if self.size == 1:
+            return list(numbers)
+        summed = torch.tensor(list(numbers), dtype=torch.int64)
+        dist.all_reduce(summed)
+        return [int(n) for n in summed]
+
+    def total_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The same of numbers by name; every rank has the same names."""
+        names = sorted(counts)
+        return dict(zip(names, self.total([counts[name] for name in names]), strict=True))
+
+    def total_sums(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all ranks of scalars by name, in double precision."""
+        if self.size == 1 or not sums:
+            return dict(sums)
+        names = sorted(sums)
+        summed = torch.stack([sums[name].detach().double().cpu() for name in names])
+        dist.all_reduce(summed)
+        return dict(zip(names, summed.unbind(), strict=True))
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on some rank."""
+        return self.total([int(here)])[0] > 0
+
+    def told(self, number: int) -> int:
+        """What rank 0 has."""
+        if self.size == 1:
+            return number
+        said = torch.tensor(number, dtype=torch.int64)
+        dist.broadcast(said, src=0)
+        return int(said)
+
+
+ALONE = World()
+
+
+def started_with_others() -> bool:
+    """Whether whoever started this process has started more of them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined(config: ParallelConfig, device: str) -> Iterator[World]:
+    """This process among the others that were started with it, as one of a run's ranks, until the run ends.
+
+    device: as a run file has it; of several cards, rank i of a machine takes the card i. Raises RonnaError where the
+    ranks cannot be divided as asked.
+    """
+    if not started_with_others():
+        if config.replicate > 1:
+            fix = "start more ranks: --nproc N, or torchrun"
+            raise RonnaError("one process cannot hold copies of the model", where="parallel.replicate", fix=fix)
+        yield ALONE
+        return
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if size % config.replicate:
+        what = f"{size} ranks cannot hold {config.replicate} copies of a model"
+        raise RonnaError(what, where="parallel.replicate", fix="give a number that divides the ranks")
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    try:
+        shape = (config.replicate, size // config.replicate)
+        mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=("replicate", "shard"))
+        yield World(rank, size, mesh)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,173 @@
+"""One rank of several, started by the tests beside it with the variables of torchrun: CASE FOLDER [RUN.json ...].
+
+`gradients` compares losses and gradients of a model in shards with those of the same model whole; `runs` carries out
+run files one after another. What was found is written to FOLDER/rank-N.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ronna.base.errors import RonnaError
+from ronna.model.config import without_dropout
+from ronna.model.families import preset
+from ronna.model.init import build
+from ronna.model.loss import vocabulary_loss
+from ronna.model.sequences import Sequences
+from ronna.model.transformer import Transformer
+from ronna.objectives.base import Batch, Loss, predicted_states
+from ronna.parallel.sharded import gathered, local, shard, whole
+from ronna.parallel.world import ParallelConfig, World, joined
+from ronna.peft.lora import LoraConfig
+from ronna.peft.methods import adapt
+from ronna.run import Interrupted, execute
+from ronna.runfile import PretrainRun
+from ronna.train.loop import Run, gradients
+from ronna.train.optim import clip_gradients
+
+FAMILIES = ("bert-tiny", "gpt2-tiny", "llama-tiny", "qwen3-0.6b", "modernbert-tiny", "t5-tiny")
+
+
+class Words:
+    """Predict given words at given places, and where there is a classifier a class of each text."""
+
+    def counts(self, batch):
+        return {"words": len(batch.labels), "classes": len(batch.sequences)}
+
+    def loss(self, model, batch):
+        sums = {}
+        if model.head is not None:
+            sums["words"] = vocabulary_loss(model.head, predicted_states(model, batch), batch.labels)[0]
+        if model.classifier is not None:
+            scores = model.scores(batch.tokens, batch.sequences, batch.segments)
+            sums["classes"] = F.cross_entropy(scores, batch.targets, reduction="sum")
+        return Loss(sums)
+
+
+def batch(number: int, cfg) -> Batch:
+    """Texts of unequal lengths, others for every number."""
+    rng = torch.Generator().manual_seed(number)
+    lengths = torch.randint(3, 14, (2 + number % 3,), generator=rng).tolist()
+
+    def words(n: int) -> torch.Tensor:
+        return torch.randint(1, 99, (n,), generator=rng)
+
+    source = words(sum(lengths)) if cfg.encoder and cfg.decoder else None
+    places = torch.arange(0, sum(lengths), 2)
+    made = Batch(
+        tokens=words(sum(lengths)), sequences=Sequences.of(lengths), predict=places, labels=words(len(places)),
+        source=source, source_sequences=None if source is None else Sequences.of(lengths),
+        targets=torch.randint(0, 3, (len(lengths),), generator=rng),
+    )  # fmt: skip
+    return replace(made, counts=Words().counts(made))
+
+
+def model_of(name: str, kind: str) -> Transformer:
+    extra = {"num_key_value_heads": 2} if name.startswith(("llama", "qwen")) else {}
+    extra |= {"head_dim": 8} if name.startswith("qwen") else {}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"d_kv": 8, "d_ff": 64} if name.startswith("t5") else {"intermediate_size": 64}
+    if name.startswith("gpt2"):
+        del sizes["intermediate_size"]
+    family, cfg = preset(name, vocab_size=101, **sizes, **extra)
+    cfg = without_dropout(cfg)
+    if kind != "words":
+        cfg = replace(cfg, head=None, classifier=family.classifier(cfg, 3, "sequence"))
+    model = build(cfg, seed=1)
+    noise = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():  # zeros and ones hide much
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
+    if kind == "lora":
+        adapt(model, LoraConfig(rank=2), seed=3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
+    return model
+
+
+def compared(name: str, kind: str, world: World) -> dict[str, float]:
+    """Two micro-batches a rank, the second of the last rank only there to stand in."""
+    one, many = model_of(name, kind), model_of(name, kind)
+    cfg = one.cfg
+    numbers = list(range(2 * world.size - 1))
+    everything = [batch(number, cfg) for number in numbers]
+    mine = [batch(number, cfg) for number in numbers[world.rank :: world.size]]
+    if len(mine) < 2:
+        mine.append(batch(0, cfg).standing_in())
+    expected = gradients(one, Words(), everything, seed=0)
+    shard(many, world)
+    totals = gradients(many, Words(), mine, seed=0, world=world)
+    sums = world.total_sums(totals.sums)
+    loss = max(abs(float(sums[t] / expected.sums[t]) - 1) for t in sums)
+    found = {n: p for n, p in many.named_parameters() if p.grad is not None}
+    wanted = {n: p for n, p in one.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys() and totals.counts == expected.counts
+    assert all(p.requires_grad == (n in found) for n, p in many.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in wanted.values())
+    worst = 0.0
+    for n, p in wanted.items():
+        scale = max(float(p.grad.abs().max()), 1e-4 * largest)  # some are zero but for rounding
+        worst = max(worst, float((whole(found[n].grad) - p.grad).abs().max()) / scale)
+    norms = [float(clip_gradients(list(m.parameters()), largest)) for m in (one, many)]
+    clipped = max(float((whole(found[n].grad) - p.grad).abs().max()) for n, p in wanted.items()) / largest
+    held = sum(local(p).numel() for p in many.parameters()) / sum(p.numel() for p in one.parameters())
+    with gathered(many.state_dict(), world) as state:
+        same = state is None or all(torch.equal(state[n], t) for n, t in one.state_dict().items())
+    return {"loss": loss, "gradient": worst, "norm": abs(norms[1] / norms[0] - 1), "clipped": clipped, "held": held,
+            "same": same}  # fmt: skip
+
+
+def case_gradients() -> dict:
+    found = {}
+    with joined(ParallelConfig(replicate=int(os.environ.get("REPLICATE", "1"))), "cpu") as world:
+        for name in FAMILIES:
+            found[name] = compared(name, "words", world)
+        for name, kind in (("bert-tiny", "classes"), ("llama-tiny", "lora"), ("bert-tiny", "lora")):
+            found[f"{name} {kind}"] = compared(name, kind, world)
+    return found
+
+
+STEP = Run.step
+
+
+def stopping(run: Run, at: int, window) -> None:
+    """A step in which this rank is asked to stop."""
+    if run.progress.step == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    STEP(run, window)
+
+
+def case_runs(files: list[str]) -> list:
+    """Each file: {"run": ..., "resume": ..., "stop": [rank, step] or null}."""
+    found = []
+    for file in files:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        asked = json.loads(Path(file).read_text())
+        if asked.get("stop") and asked["stop"][0] == int(os.environ["RANK"]):
+            Run.step = partialmethod(stopping, asked["stop"][1])
+        try:
+            report = execute(PretrainRun.model_validate(asked["run"]), resume=asked.get("resume", False))
+            found.append("report" if report else "nothing")
+        except Interrupted:
+            found.append("interrupted")
+        except RonnaError as error:
+            found.append(str(error))
+        finally:
+            Run.step = STEP
+    return found
+
+
+if __name__ == "__main__":
+    case, folder, *files = sys.argv[1:]
+    torch.set_num_threads(1)
+    found = case_gradients() if case == "gradients" else case_runs(files)
+    assert not dist.is_initialized()
+    (Path(folder) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))

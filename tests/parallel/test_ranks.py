@@ -1,0 +1,157 @@
+"""Two and four processes that share a model, beside one that has it whole."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ronna.base.errors import RonnaError
+from ronna.parallel.world import ParallelConfig, joined
+from ronna.run import execute
+from ronna.runfile import PretrainRun
+
+RANKS = Path(__file__).with_name("ranks.py")
+
+
+def start(ranks: int, folder: Path, *arguments: object, **variables: str) -> list:
+    """What `ranks.py` finds on each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | variables
+    case, *files = map(str, arguments)
+    command = [sys.executable, str(RANKS), case, str(folder), *files]
+    started = [subprocess.Popen(command, env=common | {"RANK": str(r), "OMP_NUM_THREADS": "1"}) for r in range(ranks)]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0] * ranks
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(("ranks", "replicate", "held"), [(2, 1, 0.5), (4, 2, 0.5)])
+def test_losses_and_gradients_are_those_of_one_process(ranks, replicate, held, tmp_path):
+    for found in start(ranks, tmp_path, "gradients", REPLICATE=str(replicate)):
+        assert len(found) == 9
+        for name, case in found.items():
+            assert case["loss"] < 1e-6 and case["gradient"] < 1e-6, (name, case)
+            assert case["norm"] < 1e-6 and case["clipped"] < 1e-6 and case["same"], (name, case)
+            assert abs(case["held"] - held) < 0.02, (name, case)
+
+
+def run_of(out: Path, shards: Path, **more: object) -> dict:
+    train = {
+        "steps": 6,
+        "batch": 5,
+        "micro_batch": 3,
+        "length": 32,
+        "log_every": 1,
+        "evaluate_every": 2,
+        "precision": "fp32",
+    }
+    run = {"out": str(out), "seed": 3, "device": "cpu", "model": {"name": "bert-tiny", "dropout": 0.0}}
+    run |= {
+        "data": {"train": str(shards), "validation": str(shards), "validation_rows": 5},
+        "objective": {"kind": "mlm"},
+        "train": train,
+    }
+    return run | more
+
+
+def losses(out: Path, kind: str) -> list[float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == kind]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def close(a: list[float], b: list[float]) -> bool:
+    return len(a) == len(b) > 0 and all(abs(x / y - 1) < 1e-5 for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    """Runs of two ranks: to the end; asked to stop on one rank; that one resumed; one that cannot be."""
+    root = tmp_path_factory.mktemp("ranks")
+    data = shards["wordpiece"]
+    whole, cut = run_of(root / "whole", data), run_of(root / "cut", data)
+    asked = [{"run": whole}, {"run": cut, "stop": [1, 2]}, {"run": cut, "resume": True}]
+    asked.append({"run": run_of(root / "lean", data) | {"optim": {"kind": "apollo"}}})
+    for number, one in enumerate(asked):
+        (root / f"{number}.json").write_text(json.dumps(one))
+    said = start(2, root, "runs", *(root / f"{number}.json" for number in range(len(asked))))
+    execute(PretrainRun.model_validate(run_of(root / "alone", data)))
+    return root, said, data
+
+
+def test_rank_0_reports_for_all_and_both_stop_where_one_is_asked_to(trained):
+    root, said, _ = trained
+    assert said[0][:3] == ["report", "interrupted", "report"] and said[1][:3] == ["nothing", "interrupted", "nothing"]
+    report = json.loads((root / "whole" / "report.json").read_text())
+    alone = json.loads((root / "alone" / "report.json").read_text())
+    for key in ("tokens", "steps"):
+        assert report["train"][key] == alone["train"][key]
+
+
+def test_losses_are_those_of_one_process(trained):
+    root, *_ = trained
+    for kind in ("train", "validation"):
+        assert close(losses(root / "whole", kind), losses(root / "alone", kind)), kind
+
+
+def test_resumed_on_as_many_ranks_it_ends_in_the_same_bits(trained):
+    root, *_ = trained
+    assert weights(root / "cut") == weights(root / "whole")
+    assert losses(root / "cut", "train") == losses(root / "whole", "train")
+
+
+def test_what_cannot_be_shared_is_refused_by_name(trained):
+    _, said, _ = trained
+    for rank in said:
+        assert "the optimizer apollo does not work on several ranks" in rank[3] and "optim.kind" in rank[3]
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_ranks(trained, tmp_path):
+    root, _, data = trained
+    for out in ("one", "four"):
+        shutil.copytree(root / "whole", tmp_path / out)
+        for newer in ("checkpoints/step-00000006", "model"):
+            shutil.rmtree(tmp_path / out / newer)
+        assert len(list((tmp_path / out).glob("checkpoints/step-00000004/optimizer-*-of-00002.safetensors"))) == 2
+    execute(PretrainRun.model_validate(run_of(tmp_path / "one", data)), resume=True)
+    more = run_of(tmp_path / "four", data) | {"parallel": {"replicate": 2}}
+    (tmp_path / "four.json").write_text(json.dumps({"run": more, "resume": True}))
+    assert start(4, tmp_path, "runs", tmp_path / "four.json")[0] == ["report"]
+    for out in ("one", "four"):
+        assert close(losses(tmp_path / out, "train"), losses(root / "alone", "train")), out
+        found, wanted = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / out, root / "alone"))
+        assert all((found[n] - t).abs().max() < 1e-4 for n, t in wanted.items())
+
+
+def test_from_the_command_line(shards, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ronna", "pretrain", "--nproc", "2", "--model", "bert-tiny", "--objective", "mlm"]
+    command += ["--data", str(shards["wordpiece"]), "--out", str(out), "--steps", "2", "--batch", "4", "--length", "32"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["train"]["steps"] == 2 and done.stderr.count("computing in") == 1
+    done = subprocess.run([*command, "--set", "parallel.replicate=3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "parallel.replicate: 2 ranks cannot hold 3 copies" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_copies_need_ranks():
+    with (
+        pytest.raises(RonnaError, match=r"parallel\.replicate: one process cannot hold copies"),
+        joined(ParallelConfig(replicate=2), "cpu"),
+    ):
+        pass
