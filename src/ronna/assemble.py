@@ -24,7 +24,7 @@ from ronna.model.config import Model
 from ronna.model.families import PRESETS, Family, preset, read_config, read_config_json, with_dropout
 from ronna.model.folder import load_folder
 from ronna.model.fourbit import held_in, import_bitsandbytes
-from ronna.model.init import build, hold, hold_maps
+from ronna.model.init import Allot, build, hold, hold_maps, on_cpu
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Totals, collate
@@ -72,11 +72,13 @@ class Parts:
 # Pre-training
 
 
-def assemble_pretrain(run: PretrainRun, packed: Packed | None = None, world: World = ALONE) -> Parts:
+def assemble_pretrain(
+    run: PretrainRun, packed: Packed | None = None, world: World = ALONE, allot: Allot = on_cpu
+) -> Parts:
     """A model on `packed` rows, which are read where they are not given."""
     packed = read_packed(run) if packed is None else packed
     shards, tokenizer, objective = packed.shards, packed.tokenizer, packed.objective
-    model = pretrain_model(run, packed)
+    model = pretrain_model(run, packed, allot)
     hashes = {"data": hash_files([Path(run.data.train) / "manifest.json"]), "tokenizer": tokenizer.hash}
     account = {"documents": len(shards), "tokens": int(shards.lengths.sum()), "packing": packed.rows.packing.fill}
     parts = Parts(model, packed.family, tokenizer, objective, packed.rows, None, hashes, account)
@@ -96,12 +98,12 @@ def validation_folder(run: PretrainRun) -> Path | None:
     return beside if train.name == "train" and beside.is_dir() else None
 
 
-def pretrain_model(run: PretrainRun, packed: Packed) -> Transformer:
+def pretrain_model(run: PretrainRun, packed: Packed, allot: Allot) -> Transformer:
     if not packed.loads:
-        return new_model(packed.family, packed.cfg, run)
+        return new_model(packed.family, packed.cfg, run, allot)
     loaded = load_folder(
         packed.folder, head=True, classifier=packed.cfg.classifier, seed=run.seed, dropout=run.model.dropout,
-        precision=precision_of(run),
+        precision=precision_of(run), allot=allot,
     )  # fmt: skip
     for note in loaded.notes:
         say(note)
@@ -139,10 +141,10 @@ def loss_on(parts: Parts, held: PackedDocuments, run: PretrainRun, world: World)
 # Models
 
 
-def new_model(family: Family, cfg: Model, run: PretrainRun | FinetuneRun) -> Transformer:
+def new_model(family: Family, cfg: Model, run: PretrainRun | FinetuneRun, allot: Allot) -> Transformer:
     """New weights, with the dropout that the user asked for, in no other precision than they are to have."""
     rate = run.model.dropout
-    return build(cfg if rate is None else with_dropout(family, cfg, rate), run.seed, matrices(run))
+    return build(cfg if rate is None else with_dropout(family, cfg, rate), run.seed, matrices(run), allot)
 
 
 def matrices(run: PretrainRun | FinetuneRun) -> torch.dtype:
@@ -226,11 +228,11 @@ def read_labelled(run: FinetuneRun) -> Labelled:
     return Labelled(folder, family, cfg, saved, task, examples, lengths, used, hashes, account)
 
 
-def assemble_finetune(run: FinetuneRun, data: Labelled | None = None) -> Parts:
+def assemble_finetune(run: FinetuneRun, data: Labelled | None = None, allot: Allot = on_cpu) -> Parts:
     """A model with the task's head on `data`, which is read where it is not given."""
     data = read_labelled(run) if data is None else data
     task, examples = data.task, data.examples
-    model = finetune_model(run, data)
+    model = finetune_model(run, data, allot)
     parts = Parts(
         model, data.family, data.tokenizer, task, examples["train"], data.lengths, dict(data.hashes), data.account
     )
@@ -300,15 +302,15 @@ def finetune_shape(data: Labelled) -> Model:
     return replace(data.cfg, head=head, classifier=data.task.classifier(data.family, data.cfg))
 
 
-def finetune_model(run: FinetuneRun, data: Labelled) -> Transformer:
+def finetune_model(run: FinetuneRun, data: Labelled, allot: Allot) -> Transformer:
     """The folder's model with the task's head, or the same architecture with new weights."""
     cfg, folder = finetune_shape(data), data.folder
     if run.model.scratch or not folder.is_dir():
-        return new_model(data.family, cfg, run)
+        return new_model(data.family, cfg, run, allot)
     dropout, quantize = run.model.dropout, run.model.quantize
     loaded = load_folder(
         folder, head=data.task.writes, classifier=cfg.classifier, seed=run.seed, dropout=dropout, quantize=quantize,
-        precision=precision_of(run),
+        precision=precision_of(run), allot=allot,
     )  # fmt: skip
     for note in (*loaded.notes, held_in(loaded.model)):
         if note is not None:

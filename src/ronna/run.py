@@ -25,10 +25,11 @@ from ronna.compatible import refuse_apart, refuse_shared
 from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
+from ronna.model.init import on_cpu
 from ronna.model.recompute import recompute_blocks
 from ronna.model.transformer import Transformer
 from ronna.packed import Packed, read_packed
-from ronna.parallel.sharded import shard
+from ronna.parallel.sharded import allot_shards, is_sharded, shard
 from ronna.parallel.world import ALONE, World, joined
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
@@ -126,7 +127,7 @@ class Training:
         if wants_compile(run.train.compile, self.device):
             compile_blocks(parts.model)
         recompute_blocks(parts.model, run.train.recompute)
-        if self.world.size > 1:
+        if self.world.size > 1 and not is_sharded(parts.model):  # an adapter, on a base that was whole up to here
             shard(parts.model, self.world)
         ways = stepping(parts.model, run.optim, run.train, parts.used, self.shelf)
         named, optimizers, update = ways.named, ways.optimizers, ways.update
@@ -319,9 +320,10 @@ def prepare_run(
     if fit is not None and run.train.memory is not None and isinstance(data, Labelled):
         # No evaluation is to hold more than the steps do.
         data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, fit.tokens)))
-    tight = fit is not None and fit.tight
+    # Blocks that are put together for a moment leave holes in a heap that keeps what is freed: half as much again.
+    tight = world.size > 1 or (fit is not None and fit.tight)
     heap = Heap(tight, None if fit is None else fit.planned + LITTLE) if device.type == "cpu" else None
-    parts = assemble(run, data, world)
+    parts = assemble(run, data, world, device)
     parts.model.compute = dtype
     parts.model.to(device)
     if parts.prepare is not None:
@@ -334,12 +336,14 @@ def prepare_run(
     return Training(run, parts, device, resume, heap, fit, data, world)
 
 
-def assemble(run: AnyRun, data: Labelled | Packed, world: World) -> Parts:
+def assemble(run: AnyRun, data: Labelled | Packed, world: World, device: torch.device) -> Parts:
+    adapter = isinstance(run, FinetuneRun) and run.peft is not None
+    allot = on_cpu if world.size == 1 or adapter else partial(allot_shards, world=world, device=device)
     if isinstance(run, PretrainRun):
         assert isinstance(data, Packed)
-        return assemble_pretrain(run, data, world)
+        return assemble_pretrain(run, data, world, allot)
     assert isinstance(data, Labelled)
-    return assemble_finetune(run, data)
+    return assemble_finetune(run, data, allot)
 
 
 def execute(run: AnyRun, *, resume: bool = False) -> dict[str, Any]:

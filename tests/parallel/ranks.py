@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ronna.base.errors import RonnaError
+from ronna.model.boxes import local, whole
 from ronna.model.config import without_dropout
 from ronna.model.families import preset
 from ronna.model.init import build
@@ -24,7 +25,7 @@ from ronna.model.loss import vocabulary_loss
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, predicted_states
-from ronna.parallel.sharded import gathered, local, shard, whole
+from ronna.parallel.sharded import gathered, shard
 from ronna.parallel.world import ParallelConfig, World, joined
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import adapt

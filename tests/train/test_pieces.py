@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from ronna.model.boxes import Box, box_of
 from ronna.model.tensorfiles import save_tensors
-from ronna.parallel.sharded import Box, box_of
 from ronna.parallel.world import ALONE, World
 from ronna.train.pieces import PLACES, Resharded, StoredTensors, find_pieces, write_pieces
 

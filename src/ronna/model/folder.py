@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
+from ronna.model.boxes import Box, box_of, local
 from ronna.model.families import (
     Family,
     Weight,
@@ -23,7 +24,7 @@ from ronna.model.families import (
     with_dropout,
 )
 from ronna.model.fourbit import Quantize, narrowed
-from ronna.model.init import initialise
+from ronna.model.init import Allot, initialise, on_cpu
 from ronna.model.layers import block_linears
 from ronna.model.tensorfiles import TensorFiles, dtype_name, write_tensors
 from ronna.model.transformer import Transformer
@@ -60,8 +61,9 @@ def load_folder(
     dropout: float | None = None,
     quantize: Quantize | None = None,
     precision: Callable[[Transformer], object] | None = None,
+    allot: Allot = on_cpu,
 ) -> Loaded:
-    """The model in a Hugging Face folder, on the CPU, with parameters in `dtype`.
+    """The model in a Hugging Face folder, with parameters in `dtype`, wherever `allot` puts them.
 
     head: with or without the vocabulary head; "auto" takes the heads that the folder has, its classifier
     included. classifier: have this one (whatever `head` says). dropout: the rate, or None for the folder's own.
@@ -88,8 +90,7 @@ def load_folder(
             precision(model)
         places, fresh, notes = stored.match(model)
         narrow = {path: narrowed(linear, quantize) for path, linear in block_linears(model)} if quantize else {}
-        model.to_empty(device="cpu")
-        model.tie()
+        allot(model)
         with torch.no_grad():
             for path, linear in narrow.items():
                 linear.hold(stored.read(places[f"{path}.weight"], 2))
@@ -219,11 +220,14 @@ class Stored:
             )
 
     def fill(self, parameter: Tensor, weight: Weight) -> None:
-        """Read one of our tensors into its place, a large one by some rows at a time."""
-        step = max(1, PIECE // max(1, parameter[0].numel()))
-        for start in range(0, len(parameter), step):
-            stop = min(len(parameter), start + step)
-            parameter[start:stop].copy_(self.read(weight, parameter.ndim, start, stop))
+        """Read one of our tensors, or what of it lies here, into its place, a large one by some rows at a time."""
+        here, box = local(parameter), box_of(parameter)
+        step = max(1, PIECE // max(1, parameter.shape[1:].numel()))
+        columns = Box((0, *box.start[1:]), box.shape).within(Box((0,) * here.ndim, tuple(parameter.shape)))[1:]
+        for start in range(0, len(here), step):
+            stop = min(len(here), start + step)
+            first, last = box.start[0] + start, box.start[0] + stop
+            here[start:stop].copy_(self.read(weight, here.ndim, first, last)[(slice(None), *columns)])
 
     def read(self, weight: Weight, ndim: int, start: int = 0, stop: int | None = None) -> Tensor:
         """One of our tensors, or its rows from `start` to `stop`, cut out of the stored one where it is fused there."""

@@ -2,10 +2,13 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ronna.model.boxes import put
 from ronna.model.config import Model
 from ronna.model.layers import block_linears
 from ronna.model.transformer import Transformer
@@ -19,13 +22,20 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def build(cfg: Model, seed: int, matrices: torch.dtype = torch.float32) -> Transformer:
-    """A freshly initialised model on the CPU, its matrices in the given precision, all else in fp32."""
+Allot = Callable[[Transformer], None]  # gives the parameters of a model, which have none yet, their memory
+
+
+def on_cpu(model: Transformer) -> None:
+    model.to_empty(device="cpu")
+    model.tie()
+
+
+def build(cfg: Model, seed: int, matrices: torch.dtype = torch.float32, allot: Allot = on_cpu) -> Transformer:
+    """A freshly initialised model, its matrices in the given precision, all else in fp32."""
     with torch.device("meta"):
         model = Transformer(cfg)
     hold(model, matrices)
-    model.to_empty(device="cpu")
-    model.tie()
+    allot(model)
     initialise(model, seed)
     return model
 
@@ -50,9 +60,10 @@ def initialise(model: Transformer, seed: int, only: set[str] | None = None) -> N
     depth = sum(len(s.blocks) for s in (model.cfg.encoder, model.cfg.decoder) if s)
     for name, parameter in model.named_parameters():
         if only is None or name in only:
-            whole = parameter if parameter.dtype == torch.float32 else torch.empty_like(parameter, dtype=torch.float32)
+            apart = isinstance(parameter, DTensor) or parameter.dtype != torch.float32
+            whole = torch.empty(parameter.shape, dtype=torch.float32) if apart else parameter
             draw(name, whole, model.cfg, depth, generator(seed, name))
-            parameter.copy_(whole)
+            put(parameter, whole)
 
 
 def draw(name: str, p: Tensor, cfg: Model, depth: int, rng: torch.Generator) -> None:

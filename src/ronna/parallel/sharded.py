@@ -6,14 +6,12 @@ is whole from the first look at it in a step to the end of that step, as losses 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from operator import sub
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ronna.model.boxes import whole
 from ronna.model.transformer import Transformer
 from ronna.parallel.world import World
 
@@ -39,47 +37,21 @@ def shard(model: Transformer, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
+def allot_shards(model: Transformer, world: World, device: torch.device) -> None:
+    """Give a model whose parameters have no memory yet that of this rank's parts alone."""
+    shard(model, world)
+    model.to_empty(device=device)
+    model.tie()
+
+
+def is_sharded(model: Transformer) -> bool:
+    return isinstance(model, FSDPModule)
+
+
 def rest(model: Transformer) -> None:
     """Let go of what is whole after a look without a backward pass; nothing where nothing is in shards."""
     if isinstance(model, FSDPModule):
         model.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies here."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of it; every rank asks at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class Box(NamedTuple):
-    """A part of a tensor: where it begins and how long it is, by dimension."""
-
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def common(self, other: "Box") -> "Box | None":
-        """What is in both, if anything is."""
-        start = tuple(map(max, self.start, other.start))
-        ends = (map(sum, zip(box.start, box.shape, strict=True)) for box in (self, other))
-        shape = tuple(end - first for first, end in zip(start, map(min, *ends), strict=True))
-        return Box(start, shape) if all(n > 0 for n in shape) else None
-
-    def within(self, other: "Box") -> tuple[slice, ...]:
-        """How to cut it out of the other, which holds it."""
-        begins = map(sub, self.start, other.start)
-        return tuple(slice(begin, begin + n) for begin, n in zip(begins, self.shape, strict=True))
-
-
-def box_of(tensor: Tensor) -> Box:
-    """What of a tensor lies here."""
-    if not isinstance(tensor, DTensor):
-        return Box((0,) * tensor.ndim, tuple(tensor.shape))
-    shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Box(tuple(start), tuple(shape))
 
 
 class Gathered(Mapping[str, Tensor]):

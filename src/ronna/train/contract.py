@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ronna.base.errors import RonnaError
+from ronna.model.boxes import local
 from ronna.model.recompute import recomputed_blocks
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Sample, collate, last_states, of_whole_batch
-from ronna.parallel.sharded import local
+from ronna.parallel.sharded import rest
 from ronna.train.loop import gradients
 
 SAMPLES = 8  # of the first batch, enough for every check
@@ -86,6 +87,7 @@ def still(model: Transformer, compute: torch.dtype) -> Iterator[None]:
     finally:
         model.compute = before
         model.train(training)
+        rest(model)
         model.zero_grad()
 
 
@@ -215,11 +217,16 @@ class Sketches:
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
+        for p in self.model.parameters():  # those of a model in shards come at the end of the backward pass, past hooks
+            if p.grad is not None:
+                self.take(p)
 
     def take(self, p: Parameter) -> None:
         """Called by autograd with the gradient of one backward pass."""
         assert p.grad is not None
-        found, p.grad = sketch(p.grad), None
+        found, p.grad = sketch(local(p.grad)), None
+        if not found.numel():  # of a tensor with fewer rows than there are ranks
+            return
         self.largest, self.size = max(self.largest, float(found.abs().max())), math.hypot(self.size, size([found]))
         self.of[p] = self.of[p] + found if p in self.of else found
 
@@ -229,6 +236,8 @@ def sketch(x: Tensor) -> Tensor:
 
     A sum of C numbers is divided by sqrt(C), so that it is as large as one of them where signs are mixed.
     """
+    if not x.numel():
+        return x.new_empty(0, dtype=torch.float32)
     rows = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
     columns = rows.shape[1]
     stride = max(1, x.numel() // SKETCH)

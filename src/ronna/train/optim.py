@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
-from ronna.parallel.sharded import local, whole
+from ronna.model.boxes import local, whole
 from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
 
 Decay = Annotated[float, Field(ge=0.0)]

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ronna.model.boxes import Box, box_of, local
 from ronna.model.tensorfiles import KINDS, save_tensors
-from ronna.parallel.sharded import Box, box_of, local
 from ronna.parallel.world import World
 
 PLACES = "places"  # in a file's metadata: the shape of the whole tensor, and where this file's box of it begins

@@ -1,0 +1,56 @@
+"""Tensors that lie in parts on several ranks (torch's DTensor): which part is here, and all of it.
+
+A plain tensor is one whose only part is here.
+"""
+
+from operator import sub
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it; every rank asks at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Box(NamedTuple):
+    """A part of a tensor: where it begins and how long it is, by dimension."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def common(self, other: "Box") -> "Box | None":
+        """What is in both, if anything is."""
+        start = tuple(map(max, self.start, other.start))
+        ends = (map(sum, zip(box.start, box.shape, strict=True)) for box in (self, other))
+        shape = tuple(end - first for first, end in zip(start, map(min, *ends), strict=True))
+        return Box(start, shape) if all(n > 0 for n in shape) else None
+
+    def within(self, other: "Box") -> tuple[slice, ...]:
+        """How to cut it out of the other, which holds it."""
+        begins = map(sub, self.start, other.start)
+        return tuple(slice(begin, begin + n) for begin, n in zip(begins, self.shape, strict=True))
+
+
+def box_of(tensor: Tensor) -> Box:
+    """What of a tensor lies here."""
+    if not isinstance(tensor, DTensor):
+        return Box((0,) * tensor.ndim, tuple(tensor.shape))
+    shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Box(tuple(start), tuple(shape))
+
+
+@torch.no_grad()
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Copy the values, which are of all of it, into what lies here."""
+    box = box_of(tensor)
+    local(tensor).copy_(values[box.within(Box((0,) * tensor.ndim, tuple(tensor.shape)))])
