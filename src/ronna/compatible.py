@@ -23,7 +23,7 @@ SHARED = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as th
 
 def refuse_shared(run: PretrainRun | FinetuneRun) -> None:
     """RonnaError for what a run cannot do on several ranks."""
-    config = run.train
+    config, shared = run.train, run.parallel
     found = [("train.memory", "a plan for several ranks", config.memory is not None)]
     found.append(("train.offload", "offloading", bool(config.offload)))
     found.append(("train.weights", "weights held in bf16", config.weights == "bf16"))
@@ -35,6 +35,7 @@ def refuse_shared(run: PretrainRun | FinetuneRun) -> None:
         found.append(("search", "a search", run.search is not None))
         adalora = run.peft is not None and run.peft.kind == "adalora"
         found.append(("peft.kind", "adalora", adalora))
+        found.append(("parallel.tensor", "an adapter on divided matrices", run.peft is not None and shared.tensor > 1))
     for where, what, asked in found:
         if asked:
             raise RonnaError(f"{what} does not work on several ranks yet", where=where, fix="leave it out, or --nproc")

@@ -12,9 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from ronna.base.errors import RonnaError
+from ronna.model.families import preset
+from ronna.parallel.tensor import refuse_uneven
 from ronna.parallel.world import ParallelConfig, joined
 from ronna.run import execute
 from ronna.runfile import PretrainRun
+from ronna.train.checkpoint import load_latest
 
 RANKS = Path(__file__).with_name("ranks.py")
 
@@ -36,14 +39,18 @@ def start(ranks: int, folder: Path, *arguments: object, **variables: str) -> lis
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize(("ranks", "replicate", "held"), [(2, 1, 0.5), (4, 2, 0.5)])
-def test_losses_and_gradients_are_those_of_one_process(ranks, replicate, held, tmp_path):
-    for found in start(ranks, tmp_path, "gradients", REPLICATE=str(replicate)):
-        assert len(found) == 9
-        for name, case in found.items():
-            assert case["loss"] < 1e-6 and case["gradient"] < 1e-6, (name, case)
-            assert case["norm"] < 1e-6 and case["clipped"] < 1e-6 and case["same"], (name, case)
-            assert abs(case["held"] - held) < 0.02, (name, case)
+@pytest.mark.parametrize(("ranks", "degrees"), [(2, [{}, {"tensor": 2}]), (4, [{"replicate": 2}, {"tensor": 2}])])
+def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path):
+    for found in start(ranks, tmp_path, "gradients", DEGREES=json.dumps(degrees)):
+        assert len(found) == len(degrees)
+        for how, cases in zip(degrees, found, strict=True):
+            assert len(cases) == (7 if "tensor" in how else 9)
+            for name, case in cases.items():
+                assert case["loss"] < 1e-6 and case["gradient"] < 1e-6, (how, name, case)
+                assert case["norm"] < 1e-6 and case["clipped"] < 1e-6 and case["same"], (how, name, case)
+                shards = ranks // how.get("replicate", 1) // how.get("tensor", 1)
+                least, most = (0.5, 0.8) if "tensor" in how else (0.98, 1.02)
+                assert least < case["held"] * shards < most, (how, name, case)
 
 
 def run_of(out: Path, shards: Path, **more: object) -> dict:
@@ -135,6 +142,32 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks(trained, tmp_path):
         assert close(losses(tmp_path / out, "train"), losses(root / "alone", "train")), out
         found, wanted = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / out, root / "alone"))
         assert all((found[n] - t).abs().max() < 1e-4 for n, t in wanted.items())
+
+
+def test_a_run_goes_on_with_divided_matrices_and_without(trained, tmp_path):
+    root, _, data = trained
+    out = tmp_path / "out"
+    shutil.copytree(root / "whole", out)
+    for newer in ("checkpoints/step-00000006", "model"):
+        shutil.rmtree(out / newer)
+    divided = run_of(out, data) | {"parallel": {"tensor": 2}}
+    (tmp_path / "run.json").write_text(json.dumps({"run": divided, "resume": True}))
+    assert start(2, tmp_path, "runs", tmp_path / "run.json")[0] == ["report"]
+    assert close(losses(out, "train"), losses(root / "alone", "train"))
+    whole, found = (load_file(f / "model" / "model.safetensors") for f in (root / "alone", out))
+    assert all((found[n] - t).abs().max() < 1e-4 for n, t in whole.items())
+    one, two = (load_latest(f / "checkpoints").tensors("optimizer") for f in (root / "alone", out))
+    assert one.keys() == two.keys() and any("attention.q.weight" in name for name in one)
+    for name, tensor in one.items():
+        assert tensor.shape == two[name].shape and (tensor - two[name]).abs().max() < 1e-4, name
+
+
+def test_heads_that_cannot_be_divided_are_refused():
+    _, cfg = preset("bert-tiny", vocab_size=101)
+    heads = cfg.encoder.blocks[0].attention.heads
+    with pytest.raises(RonnaError, match=rf"parallel\.tensor: {heads} heads cannot be divided over 3 ranks"):
+        refuse_uneven(cfg.encoder.blocks[0], 3)
+    refuse_uneven(cfg.encoder.blocks[0], 2)
 
 
 def test_from_the_command_line(shards, tmp_path):

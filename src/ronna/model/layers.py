@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ronna.model import config as c
 
@@ -48,10 +49,11 @@ def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear maps of one input as a single matrix product, which small matrices need to be fast.
 
     Products of few tokens are left apart: joining the weights would cost more than it saves. So are large weights,
-    which are fast as they are and would be held twice, and maps that compute in a way of their own.
+    which are fast as they are and would be held twice, maps that lie in parts on several ranks, and those that compute
+    in a way of their own.
     """
     apart = x.shape[0] < 64 or x.shape[1] * sum(m.out_features for m in linears) > 2**22  # type: ignore[misc]
-    if apart or any(type(m).forward is not Linear.forward for m in linears):
+    if apart or any(type(m).forward is not Linear.forward or isinstance(m.weight, DTensor) for m in linears):
         return tuple(m(x) for m in linears)
     maps = cast(tuple[Linear, ...], linears)
     weight = torch.cat([m.weight.to(x.dtype) for m in maps])

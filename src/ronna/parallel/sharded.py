@@ -4,6 +4,7 @@ Each block is whole on every rank only while it computes; what stands around the
 is whole from the first look at it in a step to the end of that step, as losses read its weights themselves.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,18 +14,24 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from ronna.model.boxes import whole
 from ronna.model.transformer import Transformer
+from ronna.parallel.tensor import divide
 from ronna.parallel.world import World
 
 ENTRIES = ("encode", "hidden", "scores", "pooled")  # the ways into a model, beside its forward pass
 
 
 def shard(model: Transformer, world: World) -> None:
-    """Leave each rank its part of every parameter, along the first dimension; all ranks have the same model before.
+    """Leave each rank its part of every parameter; all ranks have the same model before.
 
-    Gradients are then sums over the ranks, not means: the loop divides losses by the counts of all.
+    Gradients are then sums over the ranks, not means: the loop divides losses by the counts of all. Raises RonnaError
+    where a model's matrices cannot be divided as asked.
     """
     assert world.mesh is not None
-    mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
+    # Of changes in place of what a model returns, which nobody makes.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    if world.tensor > 1:
+        divide(model, world.mesh["tensor"])
+    mesh = world.mesh["replicate", "shard"] if world.mesh.size(0) > 1 else world.mesh["shard"]
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():
             fully_shard(block, mesh=mesh)

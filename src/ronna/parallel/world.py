@@ -27,15 +27,17 @@ class ParallelConfig(Config):
     """How a run's ranks share its model."""
 
     replicate: int = Field(1, ge=1)  # copies of the model, each in shards on its part of the ranks
+    tensor: int = Field(1, ge=1)  # ranks that divide each block's matrices, and compute on the same samples
     timeout: float = Field(600.0, gt=0)  # seconds that a rank waits for the others
 
 
 @dataclass(frozen=True)
 class World:
-    """One rank of `size`. mesh: (replicate, shard) ranks, None where there is one alone."""
+    """One rank of `size`. mesh: (replicate, shard, tensor) ranks, None where there is one alone."""
 
     rank: int = 0
     size: int = 1
+    tensor: int = 1  # consecutive ranks that have the same samples
     mesh: DeviceMesh | None = field(default=None, compare=False)
 
     @property
@@ -44,22 +46,27 @@ class World:
         return self.rank == 0
 
     @property
+    def part(self) -> int:
+        """Which part of the samples is this rank's."""
+        return self.rank // self.tensor
+
+    @property
     def first_copy(self) -> bool:
         """Whether this rank has part of the model's first copy."""
         return self.mesh is None or self.mesh.get_local_rank("replicate") == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The part of a list that is this rank's: parts are consecutive and differ by one item at most."""
-        n = len(items)
-        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
+        n, parts = len(items), self.size // self.tensor
+        return items[n * self.part // parts : n * (self.part + 1) // parts]
 
     def total(self, numbers: Sequence[int]) -> list[int]:
-        """Sums over all ranks."""
+        """Sums over all parts of the samples."""
         if self.size == 1:
             return list(numbers)
         summed = torch.tensor(list(numbers), dtype=torch.int64)
         dist.all_reduce(summed)
-        return [int(n) for n in summed]
+        return [int(n) // self.tensor for n in summed]
 
     def total_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The same of numbers by name; every rank has the same names."""
@@ -67,17 +74,17 @@ class World:
         return dict(zip(names, self.total([counts[name] for name in names]), strict=True))
 
     def total_sums(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over all ranks of scalars by name, in double precision."""
+        """Sums over all parts of the samples of scalars by name, in double precision."""
         if self.size == 1 or not sums:
             return dict(sums)
         names = sorted(sums)
         summed = torch.stack([sums[name].detach().double().cpu() for name in names])
         dist.all_reduce(summed)
-        return dict(zip(names, summed.unbind(), strict=True))
+        return dict(zip(names, (summed / self.tensor).unbind(), strict=True))
 
     def any(self, here: bool) -> bool:
         """Whether it is so on some rank."""
-        return self.total([int(here)])[0] > 0
+        return self.total([int(here) * self.tensor])[0] > 0
 
     def told(self, number: int) -> int:
         """What rank 0 has."""
@@ -104,23 +111,27 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     ranks cannot be divided as asked.
     """
     if not started_with_others():
-        if config.replicate > 1:
-            fix = "start more ranks: --nproc N, or torchrun"
-            raise RonnaError("one process cannot hold copies of the model", where="parallel.replicate", fix=fix)
+        for name, what in (("replicate", "hold copies of the model"), ("tensor", "divide a model's matrices")):
+            if getattr(config, name) > 1:
+                fix = "start more ranks: --nproc N, or torchrun"
+                raise RonnaError(f"one process cannot {what}", where=f"parallel.{name}", fix=fix)
         yield ALONE
         return
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if size % config.replicate:
+    shards, left = divmod(size, config.replicate * config.tensor)
+    if left:
         what = f"{size} ranks cannot hold {config.replicate} copies of a model"
-        raise RonnaError(what, where="parallel.replicate", fix="give a number that divides the ranks")
+        what += f" divided over {config.tensor}" if config.tensor > 1 else ""
+        fix = "give numbers whose product divides the ranks"
+        raise RonnaError(what, where="parallel.replicate" if config.replicate > 1 else "parallel.tensor", fix=fix)
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     try:
-        shape = (config.replicate, size // config.replicate)
-        mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=("replicate", "shard"))
-        yield World(rank, size, mesh)
+        shape, names = (config.replicate, shards, config.tensor), ("replicate", "shard", "tensor")
+        mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
+        yield World(rank, size, config.tensor, mesh)
     finally:
         dist.destroy_process_group()

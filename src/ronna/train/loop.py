@@ -156,8 +156,8 @@ def gradients(
         cached_gradients(model, objective, batches, seed, totals)
         return totals
     for i, batch in enumerate(batches):
-        place = (i,) if world.size == 1 else (i, world.rank)
-        torch.manual_seed(seed_for(seed, *place))  # dropout follows from (seed, step, micro-batch, rank)
+        place = (i,) if world.size == 1 else (i, world.part)
+        torch.manual_seed(seed_for(seed, *place))  # dropout follows from (seed, step, micro-batch, part)
         backward(objective.loss(model, batch), totals, walk, batch.stands_in)
     return totals
 

@@ -5,11 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -21,6 +23,7 @@ from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor
 Decay = Annotated[float, Field(ge=0.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 NamedParameters = Iterable[tuple[str, Parameter]]
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 # Marks a parameter that had no state when it was saved, so that a lost one is never taken for it.
 _STATELESS = "stateless"
@@ -132,14 +135,23 @@ def _build(config: OptimizerConfig, trainable: dict[Parameter, str]) -> list[Opt
         own = list(trainable)
     taken = set(own)
     others = [p for p in trainable if p not in taken]
-    optimizers = [_build_one(config, own)] if own else []
+    optimizers = [_build_one(config, some) for some in by_mesh(own)]
     if others:
         shared = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
-        optimizers.append(_build_one(config.adamw if isinstance(config, Muon) else AdamW(**shared), others))
+        rest = config.adamw if isinstance(config, Muon) else AdamW(**shared)
+        optimizers += [_build_one(rest, some) for some in by_mesh(others)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def by_mesh(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    """Tensors that lie on the same ranks together, as torch's functions of many tensors want them."""
+    groups: defaultdict[DeviceMesh | None, list[AnyTensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
+    return list(groups.values())
 
 
 def _build_one(config: OptimizerConfig, parameters: list[Parameter]) -> Optimizer:
@@ -297,11 +309,8 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     if not gradients:
         return torch.zeros(())
     dtype = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    if any(g.dtype != dtype for g in gradients) and gradients[0].device.type == "cpu":
-        norms = tuple(norm_of(g) for g in gradients)
-    else:
-        norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
-    total = whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+    totals = [_total_norm(some, dtype) for some in by_mesh(gradients)]
+    total = totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
     if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
         return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
     scale = scaled_to(total, max_norm)
@@ -311,6 +320,15 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     for device, group in by_device.items():
         torch._foreach_mul_(group, scale.to(device))
     return total
+
+
+def _total_norm(gradients: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Of gradients that lie on the same ranks."""
+    if any(g.dtype != dtype for g in gradients) and gradients[0].device.type == "cpu":
+        norms = tuple(norm_of(g) for g in gradients)
+    else:
+        norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
+    return whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
 
 
 def norm_of(gradient: Tensor) -> Tensor:

@@ -33,11 +33,17 @@ def write_pieces(
 ) -> None:
     """This rank's boxes of a group of tensors; rank 0's file also has what every rank has whole. `written` is told of
     each that is done."""
-    owns = {name: t for name, t in group.items() if world.main or (isinstance(t, DTensor) and world.first_copy)}
+    owns = {name: t for name, t in group.items() if world.main or (isinstance(t, DTensor) and owned(t, world))}
     places = {name: [[*t.shape], [*box_of(t).start]] for name, t in owns.items() if isinstance(t, DTensor)}
     kinds = {name: tensor.dtype for name, tensor in owns.items()}
     metadata = {PLACES: json.dumps(places)} if places else {}
     save_tensors(folder / pieces_name(stem, world), kinds, lambda name: local(owns[name]), written, metadata)
+
+
+def owned(tensor: DTensor, world: World) -> bool:
+    """Whether what lies here lies on no rank before this one as well."""
+    divided = "tensor" in (tensor.device_mesh.mesh_dim_names or ())
+    return world.first_copy and (divided or world.rank % world.tensor == 0)
 
 
 class Piece(NamedTuple):
