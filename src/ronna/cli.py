@@ -244,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if type(error).__name__ == "RankLost":
+            print(f"ronna: {error}", file=sys.stderr)
+            return 1
         if type(error).__name__ != "Interrupted":
             raise
         print("ronna: stopped as asked; go on with --resume", file=sys.stderr)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -26,7 +27,7 @@ from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, predicted_states
 from ronna.parallel.sharded import gathered, shard
-from ronna.parallel.world import ParallelConfig, World, joined
+from ronna.parallel.world import ParallelConfig, RankLost, World, joined
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import adapt
 from ronna.run import Interrupted, execute
@@ -150,20 +151,29 @@ def stopping(run: Run, at: int, window) -> None:
     STEP(run, window)
 
 
+def hanging(run: Run, at: int, window) -> None:
+    """A step that this rank does not come to before the others have given up."""
+    if run.progress.step == at:
+        time.sleep(12)
+    STEP(run, window)
+
+
 def case_runs(files: list[str]) -> list:
-    """Each file: {"run": ..., "resume": ..., "stop": [rank, step] or null}."""
+    """Each file: {"run": ..., "resume": ..., "stop" or "hang": [rank, step]}."""
     found = []
     for file in files:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         asked = json.loads(Path(file).read_text())
         if asked.get("stop") and asked["stop"][0] == int(os.environ["RANK"]):
             Run.step = partialmethod(stopping, asked["stop"][1])
+        if asked.get("hang") and asked["hang"][0] == int(os.environ["RANK"]):
+            Run.step = partialmethod(hanging, asked["hang"][1])
         try:
             report = execute(PretrainRun.model_validate(asked["run"]), resume=asked.get("resume", False))
             found.append("report" if report else "nothing")
         except Interrupted:
             found.append("interrupted")
-        except RonnaError as error:
+        except (RonnaError, RankLost) as error:
             found.append(str(error))
         finally:
             Run.step = STEP

@@ -4,7 +4,9 @@ One process is the rule. Under `torchrun`, or whatever else sets its variables, 
 started; each calls everything here at the same places in the same order, or all would wait for ever.
 """
 
+import faulthandler
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,41 @@ class ParallelConfig(Config):
     timeout: float = Field(600.0, gt=0)  # seconds that a rank waits for the others
 
 
+class RankLost(Exception):
+    """Another rank of this run has ended, or has not come for as long as ranks wait for each other."""
+
+
+LOST = ("closed by peer", "reset by peer", "refused", "imed out")  # what gloo says then; NCCL has a class of its own
+
+
+class Roll:
+    """Who was heard of when: each rank leaves word in the store through which the ranks have found each other."""
+
+    def __init__(self, rank: int, size: int, timeout: float):
+        self.rank, self.size, self.timeout, self.count = rank, size, timeout, 0
+        self.store = dist.PrefixStore("roll", dist.distributed_c10d._get_default_store())
+
+    def call(self) -> None:
+        """Say that this rank is there. Its stack is printed where it does not say so again in nine tenths of the time
+        that the others wait."""
+        self.count += 1
+        self.store.set(str(self.rank), f"{self.count} {time.time()}")
+        faulthandler.dump_traceback_later(0.9 * self.timeout, exit=False)
+
+    def missing(self) -> str:
+        """The ranks that are behind all others."""
+        try:
+            keys = [str(rank) for rank in range(self.size)]
+            if not self.store.check(keys):
+                return ""
+            words = [self.store.get(key).decode().split() for key in keys]
+        except (RuntimeError, ValueError):  # the store has gone with rank 0
+            return ""
+        counts, now = [int(count) for count, _ in words], time.time()
+        behind = [rank for rank, count in enumerate(counts) if count == min(counts) < max(counts)]
+        return "".join(f"; rank {rank} was last heard of {now - float(words[rank][1]):.0f} s ago" for rank in behind)
+
+
 @dataclass(frozen=True)
 class World:
     """One rank of `size`. mesh: (replicate, shard, tensor) ranks, None where there is one alone."""
@@ -39,6 +76,7 @@ class World:
     size: int = 1
     tensor: int = 1  # consecutive ranks that have the same samples
     mesh: DeviceMesh | None = field(default=None, compare=False)
+    roll: Roll | None = field(default=None, compare=False)
 
     @property
     def main(self) -> bool:
@@ -70,6 +108,7 @@ class World:
 
     def total_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The same of numbers by name; every rank has the same names."""
+        self.call()
         names = sorted(counts)
         return dict(zip(names, self.total([counts[name] for name in names]), strict=True))
 
@@ -84,7 +123,17 @@ class World:
 
     def any(self, here: bool) -> bool:
         """Whether it is so on some rank."""
+        self.call()
         return self.total([int(here) * self.tensor])[0] > 0
+
+    def call(self) -> None:
+        """Say that this rank has come so far."""
+        if self.roll is not None:
+            self.roll.call()
+
+    def at_rest(self) -> None:
+        """Nobody is waiting for this rank now, however long it takes."""
+        faulthandler.cancel_dump_traceback_later()
 
     def told(self, number: int) -> int:
         """What rank 0 has."""
@@ -108,7 +157,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     """This process among the others that were started with it, as one of a run's ranks, until the run ends.
 
     device: as a run file has it; of several cards, rank i of a machine takes the card i. Raises RonnaError where the
-    ranks cannot be divided as asked.
+    ranks cannot be divided as asked, RankLost where another one is gone or does not come.
     """
     if not started_with_others():
         for name, what in (("replicate", "hold copies of the model"), ("tensor", "divide a model's matrices")):
@@ -129,9 +178,16 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    roll = Roll(rank, size, config.timeout)
     try:
         shape, names = (config.replicate, shards, config.tensor), ("replicate", "shard", "tensor")
         mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
-        yield World(rank, size, config.tensor, mesh)
+        yield World(rank, size, config.tensor, mesh, roll)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
+            what = f"rank {rank} has lost another one: {str(error).splitlines()[0][:200]}{roll.missing()}"
+            raise RankLost(what) from error
+        raise
     finally:
+        faulthandler.cancel_dump_traceback_later()
         dist.destroy_process_group()

@@ -260,6 +260,7 @@ class Run:
                 if stopping or (p.step and (p.step % save_every == 0 or last)):
                     self.keep()
                 if last:
+                    self.world.at_rest()
                     return p
                 if stopping:
                     raise Interrupted
@@ -326,6 +327,7 @@ class Run:
         """Evaluate unless this step has been evaluated before a restart; True when it is time to stop."""
         p = self.progress
         if self.evaluate is not None and not (p.history and p.history[-1]["step"] == p.step):
+            self.world.at_rest()
             evaluation = self.evaluate(stop)
             self.model.train()
             rest(self.model)
