@@ -10,7 +10,9 @@ from ronna.base.errors import RonnaError
 
 # Exit codes after which starting again would end the same way, or was not wished: an error of the user's, Ctrl-C,
 # stopped as asked.
-FINAL = {2, 130, 143}
+STOPPED = 143
+FINAL = {2, 130, STOPPED}
+SAVING = 600  # seconds that ranks have to save when all are asked to stop
 
 
 def launch(ranks: int, arguments: Sequence[str], restarts: int = 3) -> int:
@@ -23,6 +25,7 @@ def launch(ranks: int, arguments: Sequence[str], restarts: int = 3) -> int:
         where, what = ("--nproc", f"{ranks} ranks") if ranks < 1 else ("--restarts", f"{restarts} restarts")
         raise RonnaError(what, where=where, fix="give a number above 0")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
     for left in reversed(range(restarts + 1)):
         code, cause = attempt(ranks, arguments)
         if code in FINAL or code == 0:
@@ -35,6 +38,7 @@ def launch(ranks: int, arguments: Sequence[str], restarts: int = 3) -> int:
 
 def attempt(ranks: int, arguments: Sequence[str]) -> tuple[int, str]:
     """The exit code of one try, and which rank ended it how."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -45,6 +49,8 @@ def attempt(ranks: int, arguments: Sequence[str]) -> tuple[int, str]:
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "ronna", *arguments)
+    except SignalException:  # given on to the ranks, which have saved
+        return STOPPED, "asked to stop"
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda found: found[1].exitcode >= 0)  # killed ones are the cause
         rank, failure = failures[0]
