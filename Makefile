@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Processes that share the tests, a thread each.
+WORKERS ?= 2
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .PHONY: demo test check bench
@@ -11,7 +13,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m ronna.demo --out demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check .

@@ -24,6 +24,7 @@ from memory import shards
 
 from ronna.asked import PlanRun, published
 from ronna.base.config import build, dump_toml, read_toml
+from ronna.model.recompute import Recompute
 from ronna.plan.hardware import parse_bytes
 from ronna.plan.scaling import largest
 from ronna.runfile import PretrainRun
@@ -74,6 +75,15 @@ def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str
     return found
 
 
+def as_many_kept(run: PretrainRun, settings: dict[str, Any]) -> Recompute:
+    """The blocks that a plan computes again, of a model of another depth: as many are kept as in the plan's."""
+    planned, layers = run.train.recompute, "num_hidden_layers"
+    if planned.blocks == "all":
+        return planned
+    kept = int(run.model.settings[layers]) - planned.blocks
+    return Recompute(blocks=max(0, settings[layers] - kept), feeds=planned.feeds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", default="2GiB")
@@ -103,7 +113,8 @@ def main() -> None:
 
         def at(i: int, steps: int) -> dict[str, Any]:
             model = run.model.model_copy(update={"settings": sizes[i][0]})
-            found = trained(run.model_copy(update={"model": model}), folder, group, steps)
+            train = run.train.model_copy(update={"recompute": as_many_kept(run, sizes[i][0])})
+            found = trained(run.model_copy(update={"model": model, "train": train}), folder, group, steps)
             print(json.dumps({"run": sizes[i][1].params(), "settings": sizes[i][0]} | found), flush=True)
             return found
 

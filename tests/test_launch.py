@@ -38,3 +38,11 @@ def test_what_may_end_otherwise_is_tried_again(codes, restarts, code, tries, sai
 def test_numbers_that_make_no_sense(ranks, restarts, where):
     with pytest.raises(RonnaError, match=where):
         launch(ranks, [], restarts)
+
+
+@pytest.mark.parametrize(
+    ("codes", "first"),
+    [([143, -15], 143), ([1, -9], -9), ([-15, 2], 2), ([1, 143], 143), ([-15, 1], 1), ([-6, -15], -6)],
+)
+def test_the_rank_that_was_the_cause(codes, first):
+    assert min(codes, key=module.secondary) == first

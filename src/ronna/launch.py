@@ -11,6 +11,7 @@ from ronna.base.errors import RonnaError
 # Exit codes after which starting again would end the same way, or was not wished: an error of the user's, Ctrl-C,
 # stopped as asked.
 STOPPED = 143
+PROGRAM = ("-m", "ronna")
 FINAL = {2, 130, STOPPED}
 SAVING = 600  # seconds that ranks have to save when all are asked to stop
 
@@ -48,13 +49,19 @@ def attempt(ranks: int, arguments: Sequence[str]) -> tuple[int, str]:
         run_id="ronna", max_restarts=0, monitor_interval=0.1,
     )  # fmt: skip
     try:
-        elastic_launch(config, sys.executable)("-m", "ronna", *arguments)
+        elastic_launch(config, sys.executable)(*PROGRAM, *arguments)
     except SignalException:  # given on to the ranks, which have saved
         return STOPPED, "asked to stop"
     except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda found: found[1].exitcode >= 0)  # killed ones are the cause
-        rank, failure = failures[0]
+        rank, failure = min(error.failures.items(), key=lambda found: secondary(found[1].exitcode))
         if failure.exitcode < 0:
             return 1, f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}"
         return failure.exitcode, f"rank {rank} ended with exit code {failure.exitcode}"
     return 0, ""
+
+
+def secondary(code: int) -> int:
+    """How likely it is that a rank ended like this because another one had, which lets the agent end all others."""
+    if code == -signal.SIGTERM:
+        return 3
+    return 0 if code < 0 else 1 if code in FINAL else 2

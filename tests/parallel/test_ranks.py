@@ -166,7 +166,7 @@ def test_a_rank_that_does_not_come_is_named_and_shows_where_it_is(shards, tmp_pa
     run = run_of(tmp_path / "out", shards["wordpiece"]) | {"parallel": {"timeout": 5.0}}
     (tmp_path / "run.json").write_text(json.dumps({"run": run, "hang": [1, 3]}))
     first, second = start(2, tmp_path, "runs", tmp_path / "run.json")
-    assert "rank 0 has lost another one" in first[0] and "rank 1 was last heard of" in first[0], first
+    assert "rank 0 has lost another one" in first[0] and "rank 1 lives, but did not come" in first[0], first
     assert "rank 1 has lost another one" in second[0]
     said = capfd.readouterr().err
     assert "Timeout (0:00:04" in said and "in hanging" in said, said

@@ -4,14 +4,18 @@ One process is the rule. Under `torchrun`, or whatever else sets its variables, 
 started; each calls everything here at the same places in the same order, or all would wait for ever.
 """
 
+import ctypes
 import faulthandler
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +27,7 @@ from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class ParallelConfig(Config):
@@ -41,31 +46,56 @@ LOST = ("closed by peer", "reset by peer", "refused", "imed out")  # what gloo s
 
 
 class Roll:
-    """Who was heard of when: each rank leaves word in the store through which the ranks have found each other."""
+    """Who was heard of when: each rank leaves word in the store through which the ranks have found each other, of how
+    far it has come, and every so often that it lives; a context manager."""
 
     def __init__(self, rank: int, size: int, timeout: float):
         self.rank, self.size, self.timeout, self.count = rank, size, timeout, 0
         self.store = dist.PrefixStore("roll", dist.distributed_c10d._get_default_store())
+        self.every = min(10.0, timeout / 10)
+        self.left = threading.Event()
+        self.thread = threading.Thread(target=self.live, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self.left.set()
+        self.thread.join(self.every)
+
+    def live(self) -> None:
+        with suppress(RuntimeError):  # the store has gone with rank 0
+            while True:
+                self.store.set(f"life {self.rank}", str(time.time()))
+                if self.left.wait(self.every):
+                    return
 
     def call(self) -> None:
-        """Say that this rank is there. Its stack is printed where it does not say so again in nine tenths of the time
-        that the others wait."""
+        """Say that this rank has come so far. Its stack is printed where it does not say so again in nine tenths of the
+        time that the others wait."""
         self.count += 1
-        self.store.set(str(self.rank), f"{self.count} {time.time()}")
+        self.store.set(f"count {self.rank}", str(self.count))
         faulthandler.dump_traceback_later(0.9 * self.timeout, exit=False)
 
     def missing(self) -> str:
-        """The ranks that are behind all others."""
+        """The ranks that do not live, or else those that are behind all others."""
         try:
-            keys = [str(rank) for rank in range(self.size)]
-            if not self.store.check(keys):
-                return ""
-            words = [self.store.get(key).decode().split() for key in keys]
-        except (RuntimeError, ValueError):  # the store has gone with rank 0
+            lives, counts = (self.words(kind) for kind in ("life", "count"))
+        except RuntimeError:
             return ""
-        counts, now = [int(count) for count, _ in words], time.time()
-        behind = [rank for rank, count in enumerate(counts) if count == min(counts) < max(counts)]
-        return "".join(f"; rank {rank} was last heard of {now - float(words[rank][1]):.0f} s ago" for rank in behind)
+        silent = {rank: time.time() - float(word) for rank, word in enumerate(lives)}
+        dead = {rank: seconds for rank, seconds in silent.items() if seconds > 3 * self.every}
+        if dead:
+            return "".join(f"; rank {rank} was last heard of {seconds:.0f} s ago" for rank, seconds in dead.items())
+        steps = [int(count) for count in counts]
+        behind = [rank for rank, step in enumerate(steps) if step == min(steps) < max(steps)]
+        return "".join(f"; rank {rank} lives, but did not come where the others are" for rank in behind)
+
+    def words(self, kind: str) -> list[str]:
+        keys = [f"{kind} {rank}" for rank in range(self.size)]
+        return [self.store.get(key).decode() for key in keys] if self.store.check(keys) else []
 
 
 @dataclass(frozen=True)
@@ -152,6 +182,15 @@ def started_with_others() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def stop_with_starter() -> None:
+    """Let the system ask this process to stop when the one that started it ends, even by SIGKILL; on Linux alone."""
+    if sys.platform == "linux":
+        starter = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != starter:  # it ended before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     """This process among the others that were started with it, as one of a run's ranks, until the run ends.
@@ -176,18 +215,19 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    stop_with_starter()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     roll = Roll(rank, size, config.timeout)
     try:
         shape, names = (config.replicate, shards, config.tensor), ("replicate", "shard", "tensor")
         mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
-        yield World(rank, size, config.tensor, mesh, roll)
+        with roll:
+            yield World(rank, size, config.tensor, mesh, roll)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
             what = f"rank {rank} has lost another one: {str(error).splitlines()[0][:200]}{roll.missing()}"
             raise RankLost(what) from error
         raise
     finally:
-        faulthandler.cancel_dump_traceback_later()
         dist.destroy_process_group()
