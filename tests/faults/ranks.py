@@ -40,6 +40,18 @@ def end(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def fails(error: Exception) -> Callable[[], object]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def spoiled(run: Any) -> None:
+    """One number of a run's gradient that is none."""
+    next(p for p in run.parameters if p.grad is not None).grad.to_local().fill_(float("nan"))
+
+
 def install(where: Where) -> None:
     """Put the fault into this rank's functions."""
     import torch
@@ -71,15 +83,6 @@ def install(where: Where) -> None:
             return found
 
         return struck
-
-    def fails(error: Exception) -> Callable[[], object]:
-        def act() -> None:
-            raise error
-
-        return act
-
-    def spoiled(run: Run) -> None:
-        next(p for p in run.parameters if p.grad is not None).grad.to_local().fill_(float("nan"))
 
     Run.step = watched
     match where.fault:
