@@ -24,7 +24,7 @@ SHARED = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as th
 def refuse_shared(run: PretrainRun | FinetuneRun) -> None:
     """RonnaError for what a run cannot do on several ranks."""
     config, shared = run.train, run.parallel
-    found = [("train.memory", "a plan for several ranks", config.memory is not None)]
+    found = [("train.memory", "planning by memory", config.memory is not None)]
     found.append(("train.offload", "offloading", bool(config.offload)))
     found.append(("train.weights", "weights held in bf16", config.weights == "bf16"))
     found.append(("train.fused_backward", "the optimizer inside the backward pass", config.fused_backward))

@@ -208,7 +208,8 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     shards, left = divmod(size, config.replicate * config.tensor)
     if left:
-        what = f"{size} ranks cannot hold {config.replicate} copies of a model"
+        copies = "one copy" if config.replicate == 1 else f"{config.replicate} copies"
+        what = f"{size} ranks cannot hold {copies} of a model"
         what += f" divided over {config.tensor}" if config.tensor > 1 else ""
         fix = "give numbers whose product divides the ranks"
         raise RonnaError(what, where="parallel.replicate" if config.replicate > 1 else "parallel.tensor", fix=fix)
