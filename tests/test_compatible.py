@@ -3,7 +3,7 @@
 import pytest
 
 from ronna.base.errors import RonnaError
-from ronna.compatible import refuse_shared
+from ronna.compatible import obstacles, refuse_shared
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.search import finetune
 
@@ -18,29 +18,35 @@ def tuned(**more):
 
 
 @pytest.mark.parametrize(
-    ("run", "where"),
+    ("run", "found"),
     [
-        (pretrain(train={"memory": "1GiB"}), r"train\.memory"),
-        (pretrain(train={"offload": "optimizer"}), r"train\.offload"),
-        (pretrain(train={"weights": "bf16"}), r"train\.weights"),
-        (pretrain(train={"fused_backward": True}), r"train\.fused_backward"),
-        (pretrain(optim={"kind": "muon"}), r"optim\.kind: the optimizer muon"),
-        (pretrain(optim={"kind": "adafactor"}), r"optim\.kind: the optimizer adafactor"),
-        (tuned(model={"name": "m", "quantize": "nf4"}, peft={"kind": "lora"}), r"model\.quantize"),
-        (tuned(task={"kind": "embed"}), r"task\.kind: the task embed"),
-        (tuned(task={"kind": "dpo"}), r"task\.kind: the task dpo"),
-        (tuned(search={"trials": 2}), "search: a search"),
-        (tuned(peft={"kind": "adalora"}), r"peft\.kind: adalora"),
+        (pretrain(), None),
+        (pretrain(optim={"kind": "sgd"}, device="cuda", parallel={"tensor": 2}), None),
+        (tuned(), None),
+        (tuned(peft={"kind": "lora"}), None),
+        (pretrain(device="cuda:1"), ("device", "a card by its number")),
+        (pretrain(train={"memory": "1GiB"}), ("train.memory", "planning by memory")),
+        (pretrain(train={"offload": "optimizer"}), ("train.offload", "offloading")),
+        (pretrain(train={"weights": "bf16"}), ("train.weights", "weights held in bf16")),
+        (pretrain(train={"fused_backward": True}), ("train.fused_backward", "the optimizer inside the backward pass")),
+        (pretrain(optim={"kind": "muon"}), ("optim.kind", "the optimizer muon")),
+        (pretrain(optim={"kind": "adafactor"}), ("optim.kind", "the optimizer adafactor")),
+        (tuned(model={"name": "m", "quantize": "nf4"}, peft={"kind": "lora"}), ("model.quantize", "a base in 4 bits")),
+        (tuned(task={"kind": "embed"}), ("task.kind", "the task embed")),
+        (tuned(task={"kind": "dpo"}), ("task.kind", "the task dpo")),
+        (tuned(search={"trials": 2}), ("search", "a search")),
+        (tuned(peft={"kind": "adalora"}), ("peft.kind", "adalora")),
+        (
+            tuned(peft={"kind": "lora"}, parallel={"tensor": 2}),
+            ("parallel.tensor", "an adapter on divided matrices"),
+        ),
     ],
 )
-def test_refused_by_name(run, where):
-    with pytest.raises(RonnaError, match=where):
-        refuse_shared(run)
-
-
-@pytest.mark.parametrize("run", [pretrain(), pretrain(optim={"kind": "sgd"}), tuned(), tuned(peft={"kind": "lora"})])
-def test_the_rest_is_not(run):
-    refuse_shared(run)
+def test_what_does_not_work_is_refused_by_name_and_nothing_else(run, found):
+    assert obstacles(run) == ([] if found is None else [found])
+    if found is not None:
+        with pytest.raises(RonnaError, match=f"{found[0]}: {found[1]} does not work on several ranks"):
+            refuse_shared(run)
 
 
 def test_ranks_do_not_search_each_for_itself(monkeypatch, tmp_path):

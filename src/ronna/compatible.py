@@ -21,21 +21,30 @@ def refuse_apart(run: PretrainRun | FinetuneRun) -> None:
 SHARED = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as they step whole ones
 
 
+def obstacles(run: PretrainRun | FinetuneRun) -> list[tuple[str, str]]:
+    """What of a run does not work on several ranks yet: the key, and what it asks for."""
+    config = run.train
+    found = [
+        ("device", "a card by its number", ":" in run.device),
+        ("train.memory", "planning by memory", config.memory is not None),
+        ("train.offload", "offloading", bool(config.offload)),
+        ("train.weights", "weights held in bf16", config.weights == "bf16"),
+        ("train.fused_backward", "the optimizer inside the backward pass", config.fused_backward),
+        ("optim.kind", f"the optimizer {run.optim.kind}", run.optim.kind not in SHARED),
+    ]
+    if isinstance(run, FinetuneRun):
+        divided = run.peft is not None and run.parallel.tensor > 1
+        found += [
+            ("model.quantize", "a base in 4 bits", run.model.quantize is not None),
+            ("task.kind", f"the task {run.task.kind}", run.task.kind in ("embed", "dpo")),
+            ("search", "a search", run.search is not None),
+            ("peft.kind", "adalora", run.peft is not None and run.peft.kind == "adalora"),
+            ("parallel.tensor", "an adapter on divided matrices", divided),
+        ]
+    return [(where, what) for where, what, asked in found if asked]
+
+
 def refuse_shared(run: PretrainRun | FinetuneRun) -> None:
     """RonnaError for what a run cannot do on several ranks."""
-    config, shared = run.train, run.parallel
-    found = [("train.memory", "planning by memory", config.memory is not None)]
-    found.append(("train.offload", "offloading", bool(config.offload)))
-    found.append(("train.weights", "weights held in bf16", config.weights == "bf16"))
-    found.append(("train.fused_backward", "the optimizer inside the backward pass", config.fused_backward))
-    found.append(("optim.kind", f"the optimizer {run.optim.kind}", run.optim.kind not in SHARED))
-    if isinstance(run, FinetuneRun):
-        found.append(("model.quantize", "a base in 4 bits", run.model.quantize is not None))
-        found.append(("task.kind", f"the task {run.task.kind}", run.task.kind in ("embed", "dpo")))
-        found.append(("search", "a search", run.search is not None))
-        adalora = run.peft is not None and run.peft.kind == "adalora"
-        found.append(("peft.kind", "adalora", adalora))
-        found.append(("parallel.tensor", "an adapter on divided matrices", run.peft is not None and shared.tensor > 1))
-    for where, what, asked in found:
-        if asked:
-            raise RonnaError(f"{what} does not work on several ranks yet", where=where, fix="leave it out, or --nproc")
+    for where, what in obstacles(run):
+        raise RonnaError(f"{what} does not work on several ranks yet", where=where, fix="leave it out, or --nproc")

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from ronna.base.errors import RonnaError
 
+PROGRAM = ("-m", "ronna")
+STOPPED = 143
 # Exit codes after which starting again would end the same way, or was not wished: an error of the user's, Ctrl-C,
 # stopped as asked.
-STOPPED = 143
-PROGRAM = ("-m", "ronna")
 FINAL = {2, 130, STOPPED}
 SAVING = 600  # seconds that ranks have to save when all are asked to stop
 

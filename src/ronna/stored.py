@@ -40,8 +40,8 @@ class Store:
     def write(self, folder: Path) -> None:
         """A folder that transformers (or peft) loads, the tokenizer in it: by rank 0, which the others help. Raises
         OSError where the disk refuses."""
-        parts = self.parts
-        state = parts.model.state_dict() if parts.peft is None else dict(trained(parts.model))
+        model = self.parts.model
+        state = model.state_dict() if self.parts.peft is None else dict(trained(model))
         with gathered(state, self.world) as whole:
             if whole is not None:
                 self.write_state(folder, whole)

@@ -50,9 +50,12 @@ def test_auto_takes_the_best(monkeypatch, has_cuda, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert choose_device("auto") == torch.device(expected)
     assert choose_device("cpu") == CPU
     if has_cuda:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)  # as of the second rank of a machine
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
         assert choose_device("cuda:1") == torch.device("cuda:1")
     absent = "cuda:2" if has_cuda else "cuda"
     with pytest.raises(RonnaError) as caught:

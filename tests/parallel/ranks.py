@@ -31,7 +31,7 @@ from ronna.parallel.world import ParallelConfig, RankLost, World, joined
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import adapt
 from ronna.run import Interrupted, execute
-from ronna.runfile import PretrainRun
+from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.train.loop import Run, gradients
 from ronna.train.optim import clip_gradients
 
@@ -169,7 +169,8 @@ def case_runs(files: list[str]) -> list:
         if asked.get("hang") and asked["hang"][0] == int(os.environ["RANK"]):
             Run.step = partialmethod(hanging, asked["hang"][1])
         try:
-            report = execute(PretrainRun.model_validate(asked["run"]), resume=asked.get("resume", False))
+            kind = FinetuneRun if asked["run"].get("verb") == "finetune" else PretrainRun
+            report = execute(kind.model_validate(asked["run"]), resume=asked.get("resume", False))
             found.append("report" if report else "nothing")
         except Interrupted:
             found.append("interrupted")

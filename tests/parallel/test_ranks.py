@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ronna.base.errors import RonnaError
 from ronna.model.families import preset
 from ronna.parallel.tensor import refuse_uneven
 from ronna.parallel.world import ParallelConfig, joined
+from ronna.peft.files import WEIGHTS as ADAPTER
 from ronna.run import execute
-from ronna.runfile import PretrainRun
+from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.train.checkpoint import load_latest
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -85,18 +87,32 @@ def close(a: list[float], b: list[float]) -> bool:
     return len(a) == len(b) > 0 and all(abs(x / y - 1) < 1e-5 for x, y in zip(a, b, strict=True))
 
 
+def tuned(out: Path, model: Path, **more: object) -> dict:
+    """A run that trains an adapter on sentences whose label is told by one word."""
+    rows = [{"text": f"the film {i} was {w} fun", "label": w} for i in range(8) for w in ("good", "bad")]
+    data = out.parent / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"steps": 6, "batch": 4, "length": 32, "log_every": 1, "evaluate_every": 2, "precision": "fp32"}
+    run = {"verb": "finetune", "out": str(out), "seed": 3, "device": "cpu", "peft": {"kind": "lora"}, "train": train}
+    run["model"] = {"name": str(model), "dropout": 0.0}
+    return run | {"data": {"train": str(data), "allow_overlap": True}} | more
+
+
 @pytest.fixture(scope="module")
-def trained(shards, tmp_path_factory):
+def trained(shards, tiny_bert, tmp_path_factory):
     """Runs of two ranks: to the end; asked to stop on one rank; that one resumed; one that cannot be."""
     root = tmp_path_factory.mktemp("ranks")
     data = shards["wordpiece"]
     whole, cut = run_of(root / "whole", data), run_of(root / "cut", data)
     asked = [{"run": whole}, {"run": cut, "stop": [1, 2]}, {"run": cut, "resume": True}]
     asked.append({"run": run_of(root / "lean", data) | {"optim": {"kind": "apollo"}}})
+    for name, more in (("lora", {}), ("lora-cut", {"stop": [0, 3]}), ("lora-cut", {"resume": True})):
+        asked.append({"run": tuned(root / name, tiny_bert), **more})
     for number, one in enumerate(asked):
         (root / f"{number}.json").write_text(json.dumps(one))
     said = start(2, root, "runs", *(root / f"{number}.json" for number in range(len(asked))))
     execute(PretrainRun.model_validate(run_of(root / "alone", data)))
+    execute(FinetuneRun.model_validate(tuned(root / "lora-alone", tiny_bert)))
     return root, said, data
 
 
@@ -119,6 +135,17 @@ def test_resumed_on_as_many_ranks_it_ends_in_the_same_bits(trained):
     root, *_ = trained
     assert weights(root / "cut") == weights(root / "whole")
     assert losses(root / "cut", "train") == losses(root / "whole", "train")
+
+
+def test_an_adapter_is_trained_and_resumed(trained):
+    root, said, _ = trained
+    assert said[0][4:] == ["report", "interrupted", "report"], said
+    for kind in ("train", "validation"):
+        assert losses(root / "lora-cut", kind) == losses(root / "lora", kind)
+        assert close(losses(root / "lora", kind), losses(root / "lora-alone", kind)), kind
+    cut, whole, alone = (load_file(root / f / "model" / ADAPTER) for f in ("lora-cut", "lora", "lora-alone"))
+    assert cut.keys() == whole.keys() == alone.keys()
+    assert all(torch.equal(cut[n], t) and (alone[n] - t).abs().max() < 1e-5 for n, t in whole.items())
 
 
 def test_what_cannot_be_shared_is_refused_by_name(trained):

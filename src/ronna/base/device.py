@@ -71,16 +71,19 @@ def describe(device: str = "auto") -> Hardware:
 
 
 def choose_device(name: str) -> "torch.device":
-    """`auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1` or `mps`. RonnaError when it is absent."""
+    """`auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1` or `mps`. RonnaError when it is absent.
+
+    Of several cards, `auto` and `cuda` are the one that is torch's current device, which is each rank's own.
+    """
     import torch
 
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     present = [*(f"cuda:{number}" for number in range(cuda)), *["mps"] * mps, "cpu"]
+    if name in ("auto", "cuda") and cuda:
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
         return torch.device(present[0])
-    if name == "cuda" and cuda:
-        return torch.device("cuda", torch.cuda.current_device())
     if name not in present:
         kind, _, number = name.partition(":")
         known = name in ("cuda", "mps") or (kind == "cuda" and number.isdecimal())

@@ -3,8 +3,9 @@
 A plain tensor is one whose only part is here.
 """
 
+from collections.abc import Sequence
 from operator import sub
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class Box(NamedTuple):
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @classmethod
+    def all_of(cls, shape: Sequence[int]) -> Self:
+        return cls((0,) * len(shape), tuple(shape))
+
     def common(self, other: "Box") -> "Box | None":
         """What is in both, if anything is."""
         start = tuple(map(max, self.start, other.start))
@@ -44,7 +49,7 @@ class Box(NamedTuple):
 def box_of(tensor: Tensor) -> Box:
     """What of a tensor lies here."""
     if not isinstance(tensor, DTensor):
-        return Box((0,) * tensor.ndim, tuple(tensor.shape))
+        return Box.all_of(tensor.shape)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Box(tuple(start), tuple(shape))
 
@@ -52,5 +57,4 @@ def box_of(tensor: Tensor) -> Box:
 @torch.no_grad()
 def put(tensor: Tensor, values: Tensor) -> None:
     """Copy the values, which are of all of it, into what lies here."""
-    box = box_of(tensor)
-    local(tensor).copy_(values[box.within(Box((0,) * tensor.ndim, tuple(tensor.shape)))])
+    local(tensor).copy_(values[box_of(tensor).within(Box.all_of(tensor.shape))])

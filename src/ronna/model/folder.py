@@ -223,7 +223,7 @@ class Stored:
         """Read one of our tensors, or what of it lies here, into its place, a large one by some rows at a time."""
         here, box = local(parameter), box_of(parameter)
         step = max(1, PIECE // max(1, parameter.shape[1:].numel()))
-        columns = Box((0, *box.start[1:]), box.shape).within(Box((0,) * here.ndim, tuple(parameter.shape)))[1:]
+        _, *columns = box.within(Box.all_of(parameter.shape))
         for start in range(0, len(here), step):
             stop = min(len(here), start + step)
             first, last = box.start[0] + start, box.start[0] + stop

@@ -6,6 +6,7 @@ started; each calls everything here at the same places in the same order, or all
 
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -42,7 +43,8 @@ class RankLost(Exception):
     """Another rank of this run has ended, or has not come for as long as ranks wait for each other."""
 
 
-LOST = ("closed by peer", "reset by peer", "refused", "imed out")  # what gloo says then; NCCL has a class of its own
+# What gloo says then; NCCL has a class of its own.
+LOST = ("closed by peer", "reset by peer", "onnection refused", "imed out")
 
 
 class Roll:
@@ -231,4 +233,6 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
             raise RankLost(what) from error
         raise
     finally:
+        # Models in shards hold each other in circles, and groups, whose threads must end before Python does.
+        gc.collect()
         dist.destroy_process_group()

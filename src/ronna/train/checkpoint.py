@@ -106,22 +106,15 @@ def write_checkpoint(
     final = root / f"step-{step:08d}"
     staging = root / f"{final.name}.tmp-{world.told(secrets.randbits(32)):08x}"
 
-    def begin() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        _set_aside_damaged(final)
-        (staging / MODEL).mkdir(parents=True)
-
-    def part() -> None:
+    with _staged(staging, final, world):
+        if world.main:
+            root.mkdir(parents=True, exist_ok=True)
+            _set_aside_damaged(final)
+            (staging / MODEL).mkdir(parents=True)
+            (staging / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+    with _staged(staging, final, world):
         for stem, group in tensors.items():
             write_pieces(staging, stem, group, world, written)
-        if world.main:
-            (staging / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-
-    with _staged(staging, final, world):
-        if world.main:
-            begin()
-    with _staged(staging, final, world):
-        part()
     with _staged(staging, final, world):
         model_files(staging / MODEL)
     return staging

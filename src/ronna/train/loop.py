@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, Protocol
@@ -296,9 +296,7 @@ class Run:
         p.step += 1
 
     def gradients(self, batches: list[Batch], seed: int, walk: Backward) -> Totals:
-        if self.away is None:
-            return gradients(self.model, self.objective, batches, seed, walk, self.world)
-        with saved_tensors_hooks(*self.away):
+        with nullcontext() if self.away is None else saved_tensors_hooks(*self.away):
             return gradients(self.model, self.objective, batches, seed, walk, self.world)
 
     def skip(self, norm: Tensor) -> None:

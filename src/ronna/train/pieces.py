@@ -69,8 +69,7 @@ class StoredTensors(Mapping[str, Tensor]):
                 self._pieces.setdefault(name, []).append(Piece(file, whole, Box(start, shape)))
 
     def __getitem__(self, name: str) -> Tensor:
-        whole = self._pieces[name][0].whole
-        return self.box(name, Box((0,) * len(whole), whole))
+        return self.box(name, Box.all_of(self.shape(name)))
 
     def box(self, name: str, wanted: Box) -> Tensor:
         """Part of a tensor, of whichever pieces it has."""
