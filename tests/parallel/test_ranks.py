@@ -225,3 +225,11 @@ def test_copies_need_ranks():
         joined(ParallelConfig(replicate=2), "cpu"),
     ):
         pass
+
+
+def test_a_card_that_is_not_there_is_refused_before_ranks_meet(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RonnaError, match="this machine has no such device"), joined(ParallelConfig(), "cuda"):
+        pass

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ronna.base.config import Config
+from ronna.base.device import choose_device
 from ronna.base.errors import RonnaError
 
 T = TypeVar("T")
@@ -198,7 +199,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     """This process among the others that were started with it, as one of a run's ranks, until the run ends.
 
     device: as a run file has it; of several cards, rank i of a machine takes the card i. Raises RonnaError where the
-    ranks cannot be divided as asked, RankLost where another one is gone or does not come.
+    ranks cannot be divided as asked or the device is absent, RankLost where another one is gone or does not come.
     """
     if not started_with_others():
         for name, what in (("replicate", "hold copies of the model"), ("tensor", "divide a model's matrices")):
@@ -215,7 +216,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
         what += f" divided over {config.tensor}" if config.tensor > 1 else ""
         fix = "give numbers whose product divides the ranks"
         raise RonnaError(what, where="parallel.replicate" if config.replicate > 1 else "parallel.tensor", fix=fix)
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    cuda = choose_device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     stop_with_starter()
