@@ -38,6 +38,8 @@ class PlanRun(Config):
     model: str  # a preset, a model folder, hub:ORG/NAME, or a run file
     hardware: str = "auto"  # auto: this machine; or cpu, h200, 8xh100-80gb
     memory: str | None = None  # the most to use of a device: "24GiB"
+    machine: int = Field(8, ge=1)  # devices in one machine, where there are several
+    network: PositiveFloat | None = None  # GB/s of each of them to other machines; None: what is usual
     task: Pretraining | Task | None = None  # None: what the model is pre-trained by
     peft: Method | None = None
     rank: int | None = Field(None, ge=1)  # of an adapter
@@ -105,7 +107,9 @@ def published(question: PlanRun, name: str) -> tuple[Family, c.Model]:
     return preset(name, **({} if question.vocab is None else {"vocab_size": question.vocab}))
 
 
-def asked(question: PlanRun, family: Family, cfg: c.Model, kind: Literal["cpu", "cuda"], compute: Dtype) -> Asked:
+def asked(
+    question: PlanRun, family: Family, cfg: c.Model, kind: Literal["cpu", "cuda"], compute: Dtype, devices: int = 1
+) -> Asked:
     """Raises RonnaError where the question makes no sense."""
     task = question.task or task_of(cfg)
     if task in ("mlm", "clm", "denoise") and task != task_of(cfg):
@@ -120,7 +124,7 @@ def asked(question: PlanRun, family: Family, cfg: c.Model, kind: Literal["cpu", 
     if cfg.max_length is not None and length > cfg.max_length:
         what = f"sequences of {length} tokens are longer than the {cfg.max_length} positions of the model"
         raise RonnaError(what, where="length", fix=f"at most {cfg.max_length}")
-    shape, batch = shapes(task, model, length), question.batch or BATCH
+    shape, batch = shapes(task, model, length), question.batch or max(BATCH, devices)
     step = Step(
         Lengths(1, 1),
         compute=compute,

@@ -62,6 +62,8 @@ VERBS: dict[str, Verb] = {
         (Flag("--model", "model", "preset, model folder or run file"),
          Flag("--hardware", "hardware", "auto (this machine), cpu, gpu, or a card: h200, 4xa100-80gb"),
          Flag("--memory", "memory", "the most to use of each device: 24GiB"),
+         Flag("--machine", "machine", "devices in one machine, where there are several (default 8)", NUMBER),
+         Flag("--network", "network", "GB/s of each device to other machines", NUMBER),
          Flag("--task", "task", "mlm, clm, denoise, or a task of finetune"),
          Flag("--peft", "peft", "train an adapter alone: lora, adalora, houlsby, bitfit, prompt, prefix"),
          Flag("--rank", "rank", "of the adapter", NUMBER),

@@ -17,9 +17,11 @@ from ronna.base.rates import cache_folder
 from ronna.base.track import say
 from ronna.model.families import with_dropout
 from ronna.packed import Packed
+from ronna.parallel.world import ALONE, World
 from ronna.plan import record
 from ronna.plan.hardware import gib, parse_bytes
 from ronna.plan.memory import estimate
+from ronna.plan.ranks import Ranks
 from ronna.plan.search import Work, search
 from ronna.plan.time import step_time
 from ronna.planned import AnyRun, heaviest, micro_of, with_plan, work_of
@@ -94,25 +96,35 @@ class Fit:
 
 
 def fitted(
-    run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: torch.dtype, *, settled: bool = False
+    run: AnyRun,
+    data: Labelled | Packed,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    settled: bool = False,
+    world: World = ALONE,
 ) -> Fit | None:
-    """The run as it is, which it stays if it is `settled`, or the best way that stays within `train.memory`. None on
-    devices that there are no formulas for. Raises RonnaError where nothing fits."""
+    """The run as it is, which it stays if it is `settled`, or the best way that stays within `train.memory`; of one
+    rank. None on devices that there are no formulas for. Raises RonnaError where nothing fits."""
     if device.type not in ("cpu", "cuda"):
         return None
-    work = work_for(run, data, device, dtype)
+    work = work_for(run, data, device, dtype, ranks_of(world))
     if device.type == "cpu":
         kind = run.objective.kind if isinstance(run, PretrainRun) else run.task.kind
         warm_up(data.family, kind, isinstance(run, PretrainRun), work.step)
     before = held_bytes(device)
-    limit = describe(str(device)).memory_available + before
+    limit = describe(str(device)).memory_available // (world.here if device.type == "cpu" else 1) + before
     if run.train.memory is None or settled:
         resumed = run.train.memory is not None
         return as_it_is(run, replace(work, step=replace(work.step, tight=resumed)), before, limit)
     return planned(run, work, before, min(limit, parse_bytes(run.train.memory)), 1.0)
 
 
-def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: torch.dtype) -> Work:
+def ranks_of(world: World) -> Ranks:
+    return Ranks(world.copies, world.size // world.copies // world.tensor, world.tensor)
+
+
+def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Work:
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     compute: Literal["bf16", "fp32"] = "bf16" if dtype == torch.bfloat16 else "fp32"
     if isinstance(data, Packed):
@@ -125,7 +137,7 @@ def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: 
         shape, rows = heaviest(items, data.task, data.lengths, tokens), len(data.used)
     if run.model.dropout is not None:
         model = with_dropout(data.family, model, run.model.dropout)
-    return work_of(run, model, shape, kind=kind, compute=compute, token_rows=rows)
+    return work_of(run, model, shape, kind=kind, compute=compute, token_rows=rows, ranks=ranks)
 
 
 def as_it_is(run: AnyRun, work: Work, before: int, limit: int) -> Fit:

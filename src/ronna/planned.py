@@ -24,6 +24,7 @@ from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import PeftConfig
+from ronna.plan.ranks import ALONE, Ranks
 from ronna.plan.search import Plan, Shape, Work
 from ronna.plan.shapes import Adapter, Dtype, Lengths
 from ronna.plan.stretches import Step
@@ -45,11 +46,13 @@ def work_of(
     compute: Dtype,
     token_rows: int | None = None,
     exact: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Work:
-    """model: with the head and the classifier that it is trained with. shape: of a micro-batch of so many items."""
+    """Of one of the ranks. model: with the head and the classifier that it is trained with. shape: of a micro-batch of
+    so many items."""
     train, peft = run.train, run.peft if isinstance(run, FinetuneRun) else None
     blocks = sum(len(stack.blocks) for stack in (model.encoder, model.decoder) if stack)
-    whole, micro = counted(train.recompute.blocks, blocks), micro_of(run)
+    whole, batch, micro = counted(train.recompute.blocks, blocks), train.batch, -(-micro_of(run) // ranks.parts)
     shape = lru_cache(shape)
     step = Step(
         Lengths(1, 1),
@@ -58,7 +61,7 @@ def work_of(
         optimizer=optimizer_of(run.optim),
         adapter=None if peft is None else adapter_of(peft),
         token_rows=token_rows,
-        micro_batches=-(-train.batch // micro),
+        micro_batches=-(-batch // micro_of(run)),
         blocks=whole,
         feeds=counted(train.recompute.feeds, blocks - whole),
         fused_backward=train.fused_backward,
@@ -66,10 +69,11 @@ def work_of(
         offload=tuple(sorted(set(train.offload), reverse=True)),
         quantize=run.model.quantize if isinstance(run, FinetuneRun) else None,
         device=kind,
+        ranks=ranks,
     )
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     by_tokens = train.batch_tokens is not None
-    return Work(model, shape(micro).of(step), train.batch, shape, exact, eight_bit, by_tokens, micro)
+    return Work(model, shape(micro).of(step), -(-batch // ranks.parts), shape, exact, eight_bit, by_tokens, micro)
 
 
 def micro_of(run: AnyRun) -> int:
@@ -209,13 +213,17 @@ def with_plan(run: AnyRun, plan: Plan, work: Work) -> AnyRun:
     step, asked = plan.step, work.step
     tree: Tree = run.model_dump(mode="json", exclude_none=True)
     train: Tree = tree["train"]
-    if plan.micro != micro_of(run):
-        train["micro_batch"] = plan.micro
-    if plan.micro == run.train.batch:
+    ranks = step.ranks
+    micro = min(plan.micro * ranks.parts, run.train.batch)
+    if micro != micro_of(run):
+        train["micro_batch"] = micro
+    if micro == run.train.batch:
         train.pop("micro_batch", None)
     if (step.blocks, step.feeds) != (asked.blocks, asked.feeds):
         train["recompute"] = {"blocks": step.blocks, "feeds": step.feeds}
     train |= {"weights": step.weights, "fused_backward": step.fused_backward, "offload": list(step.offload)}
+    if ranks.size > 1:
+        tree["parallel"] = {**tree.get("parallel", {}), "replicate": ranks.replicate, "tensor": ranks.tensor}
     if not step.clip:
         train["clip"] = 0.0
     if step.optimizer != asked.optimizer:

@@ -128,7 +128,7 @@ class Training:
             compile_blocks(parts.model)
         recompute_blocks(parts.model, run.train.recompute)
         if self.world.size > 1 and not is_sharded(parts.model):  # an adapter, on a base that was whole up to here
-            shard(parts.model, self.world)
+            shard(parts.model, self.world, parts.model.compute)
         ways = stepping(parts.model, run.optim, run.train, parts.used, self.shelf)
         named, optimizers, update = ways.named, ways.optimizers, ways.update
         if self.checkpoint is not None:
@@ -314,8 +314,8 @@ def prepare_run(
     dtype, reason = choose_precision(run.train.precision, device)
     if data is None:
         data = read_packed(run) if isinstance(run, PretrainRun) else read_labelled(run)
-    if fit is None and world.size == 1:
-        fit = fitted(run, data, device, dtype, settled=settled)
+    if fit is None:
+        fit = fitted(run, data, device, dtype, settled=settled, world=world)
     run = run if fit is None else fit.run
     if fit is not None and run.train.memory is not None and isinstance(data, Labelled):
         # No evaluation is to hold more than the steps do.
@@ -323,7 +323,7 @@ def prepare_run(
     # Blocks that are put together for a moment leave holes in a heap that keeps what is freed: half as much again.
     tight = world.size > 1 or (fit is not None and fit.tight)
     heap = Heap(tight, None if fit is None else fit.planned + LITTLE) if device.type == "cpu" else None
-    parts = assemble(run, data, world, device)
+    parts = assemble(run, data, world, device, dtype)
     parts.model.compute = dtype
     parts.model.to(device)
     if parts.prepare is not None:
@@ -336,9 +336,9 @@ def prepare_run(
     return Training(run, parts, device, resume, heap, fit, data, world)
 
 
-def assemble(run: AnyRun, data: Labelled | Packed, world: World, device: torch.device) -> Parts:
+def assemble(run: AnyRun, data: Labelled | Packed, world: World, device: torch.device, dtype: torch.dtype) -> Parts:
     adapter = isinstance(run, FinetuneRun) and run.peft is not None
-    allot = on_cpu if world.size == 1 or adapter else partial(allot_shards, world=world, device=device)
+    allot = on_cpu if world.size == 1 or adapter else partial(allot_shards, world=world, device=device, compute=dtype)
     if isinstance(run, PretrainRun):
         assert isinstance(data, Packed)
         return assemble_pretrain(run, data, world, allot)
@@ -371,7 +371,8 @@ def attempted(training: Training) -> dict[str, Any] | None:
         return training.execute()
     except (Outgrown, RuntimeError, MemoryError) as error:
         early = training.progress is None or training.progress.step <= WATCHED
-        if training.fit is None or not early or not (isinstance(error, Outgrown) or out_of_memory(error)):
+        alone = training.fit is not None and training.world.size == 1  # several would have to plan the same
+        if training.fit is None or not (alone and early) or not (isinstance(error, Outgrown) or out_of_memory(error)):
             raise
         training.fit.outgrown(error.measured if isinstance(error, Outgrown) else None)
     return None

@@ -106,7 +106,7 @@ def compared(name: str, kind: str, world: World) -> dict[str, float]:
     if len(mine) < 2:
         mine.append(batch(0, cfg).standing_in())
     expected = gradients(one, Words(), everything, seed=0)
-    shard(many, world)
+    shard(many, world, many.compute)
     totals = gradients(many, Words(), mine, seed=0, world=world)
     sums = world.total_sums(totals.sums)
     loss = max(abs(float(sums[t] / expected.sums[t]) - 1) for t in sums)
@@ -129,6 +129,22 @@ def compared(name: str, kind: str, world: World) -> dict[str, float]:
             "same": same}  # fmt: skip
 
 
+def narrowed(world: World) -> dict[str, float | list[str]]:
+    """In bf16: how far all gradients together are off, and what blocks are gathered and gradients are added up in."""
+    one, many, seen = model_of("llama-tiny", "words"), model_of("llama-tiny", "words"), set()
+    one.compute = many.compute = torch.bfloat16
+    batches = [batch(number, one.cfg) for number in range(world.size)]
+    gradients(one, Words(), batches, seed=0)
+    shard(many, world, many.compute)
+    up = many.decoder.blocks[0].ffn.up
+    up.register_forward_hook(lambda module, given, made: seen.add(str(module.weight.dtype)))
+    gradients(many, Words(), batches[world.rank : world.rank + 1], seed=0, world=world)
+    found = dict(many.named_parameters())
+    apart = sum(float((whole(found[n].grad) - p.grad).norm()) ** 2 for n, p in one.named_parameters()) ** 0.5
+    size = sum(float(p.grad.norm()) ** 2 for p in one.parameters()) ** 0.5
+    return {"far": apart / size, "gathered": sorted(seen), "added up": [str(up.weight.grad.dtype)]}
+
+
 def case_gradients() -> list[dict]:
     """For each way to divide the ranks in DEGREES."""
     found = []
@@ -138,6 +154,8 @@ def case_gradients() -> list[dict]:
             cases = [(name, "words") for name in FAMILIES] + [("bert-tiny", "classes")]
             cases += [("llama-tiny", "lora"), ("bert-tiny", "lora")] if world.tensor == 1 else []
             found.append({f"{name} {kind}": compared(name, kind, world) for name, kind in cases})
+            if degrees == {} and world.size == 2:
+                found[-1]["narrow"] = narrowed(world)
     return found
 
 

@@ -46,6 +46,10 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path)
     for found in start(ranks, tmp_path, "gradients", DEGREES=json.dumps(degrees)):
         assert len(found) == len(degrees)
         for how, cases in zip(degrees, found, strict=True):
+            if narrow := cases.pop("narrow", None):
+                assert narrow["far"] < 0.02, narrow
+                assert narrow["gathered"] == ["torch.bfloat16"] and narrow["added up"] == ["torch.float32"]
+            assert (narrow is not None) == (how == {})
             assert len(cases) == (7 if "tensor" in how else 9)
             for name, case in cases.items():
                 assert case["loss"] < 1e-6 and case["gradient"] < 1e-6, (how, name, case)
@@ -123,6 +127,7 @@ def test_rank_0_reports_for_all_and_both_stop_where_one_is_asked_to(trained):
     alone = json.loads((root / "alone" / "report.json").read_text())
     for key in ("tokens", "steps"):
         assert report["train"][key] == alone["train"][key]
+    assert 0 < report["memory"]["planned_bytes"] < alone["memory"]["planned_bytes"]
 
 
 def test_losses_are_those_of_one_process(trained):

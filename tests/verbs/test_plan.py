@@ -99,6 +99,39 @@ def test_several_devices_share_a_step() -> None:
     assert 2 < four["plans"][0]["tokens_per_second"] / one["plans"][0]["tokens_per_second"] <= 4.1
 
 
+def test_several_devices_in_several_ways() -> None:
+    question: dict[str, Any] = {"model": "qwen3-0.6b", "batch": 16, "length": 1024}
+    answer = ask(**question, hardware="16xa100-80gb")
+    ranks = [p["ranks"] for p in answer["plans"]]
+    assert all(r["replicate"] * r["shard"] * r["tensor"] == 16 for r in ranks) and len(ranks) > 4
+    assert answer["plans"][0]["ranks"]["tensor"] == 1
+    assert all(0 <= p["waiting"] < 1 for p in answer["plans"])
+    slow = ask(**question, hardware="16xa100-80gb", network=1.0)["plans"][0]
+    assert slow["tokens_per_second"] < answer["plans"][0]["tokens_per_second"]
+    apart = ask(**question, hardware="16xa100-80gb", machine=2)
+    assert max(p["ranks"]["tensor"] for p in apart["plans"]) == 2
+
+
+def test_what_one_device_cannot_hold_many_can(capsys: pytest.CaptureFixture[str]) -> None:
+    question: dict[str, Any] = {"model": "llama-3-8b", "exact": True, "length": 2048, "memory": "32GiB"}
+    assert "nothing fits" in refused(**question, hardware="a100-80gb")
+    answer = ask(**question, hardware="8xa100-80gb")
+    assert answer["plans"][0]["fits"] and not answer["plans"][-1]["fits"]
+    said = capsys.readouterr().err
+    assert "8 shards" in said and "for others" in said and "lacks" in said
+
+
+def test_the_run_file_of_several_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    answer = ask(model="llama-1b", hardware="4xa100-80gb", batch=8, write=str(path), data="shards")
+    assert "--nproc 4" in capsys.readouterr().err
+    run = build(PretrainRun, read_toml(str(path)), where="run.toml")
+    best = answer["plans"][0]
+    assert run.train.batch == 8
+    assert run.parallel.replicate == best["ranks"]["replicate"] and run.parallel.tensor == best["ranks"]["tensor"]
+    ask(model=str(path), hardware="4xa100-80gb")  # which can be asked about again
+
+
 def test_exact_and_optimizers() -> None:
     question: dict[str, Any] = {"model": "gpt2", "hardware": "gpu", "memory": "5GiB"}
     assert all(p["exact"] for p in ask(**question, exact=True)["plans"])
@@ -137,7 +170,11 @@ def test_precision_vocabulary_and_rank() -> None:
         ({"model": "gpt2", "precision": "bf16", "hardware": "t4"}, ["t4", "bf16", "fp32"]),
         ({"model": "gpt2", "write": "run.toml"}, ["--data"]),
         ({"model": "gpt2", "write": "run.txt", "data": "d"}, ["run.txt", ".toml"]),
-        ({"model": "gpt2", "write": "r.toml", "data": "d", "hardware": "2xh200"}, ["several devices"]),
+        ({"model": "gpt2", "hardware": "2xh200", "optim": "muon"}, ["muon", "several devices"]),
+        ({"model": "llama-3-8b", "hardware": "2xh200", "peft": "lora", "quantize": "nf4"}, ["4 bits", "one device"]),
+        ({"model": "gpt2", "hardware": "64xh200", "batch": 2}, ["2 sequences", "64 devices", "at least"]),
+        ({"model": "gpt2", "hardware": "2xh200", "machine": 0}, ["machine"]),
+        ({"model": "gpt2", "hardware": "2xh200", "network": -1}, ["network"]),
         ({"model": "./x", "largest": True}, ["family"]),
         ({"model": "nowhere.toml"}, ["nowhere.toml", "cannot be read"]),
     ],

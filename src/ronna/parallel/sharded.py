@@ -1,7 +1,8 @@
 """A model whose parameters, gradients and optimizer states lie in parts on several ranks: FSDP2 (Zhao et al. 2023).
 
-Each block is whole on every rank only while it computes; what stands around the blocks (embedding, last norm, heads)
-is whole from the first look at it in a step to the end of that step, as losses read its weights themselves.
+Each block is whole on every rank only while it computes, in the precision that it computes in; what stands around the
+blocks (embedding, last norm, heads) is whole from the first look at it in a step to the end of that step, as losses
+read its weights themselves.
 """
 
 import warnings
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from ronna.model.boxes import whole
 from ronna.model.transformer import Transformer
@@ -20,8 +21,9 @@ from ronna.parallel.world import World
 ENTRIES = ("encode", "hidden", "scores", "pooled")  # the ways into a model, beside its forward pass
 
 
-def shard(model: Transformer, world: World) -> None:
-    """Leave each rank its part of every parameter; all ranks have the same model before.
+def shard(model: Transformer, world: World, compute: torch.dtype) -> None:
+    """Leave each rank its part of every parameter; all ranks have the same model before. Blocks are gathered in the
+    precision of the computation, and their gradients added up in fp32.
 
     Gradients are then sums over the ranks, not means: the loop divides losses by the counts of all. Raises RonnaError
     where a model's matrices cannot be divided as asked.
@@ -32,9 +34,11 @@ def shard(model: Transformer, world: World) -> None:
     if world.tensor > 1:
         divide(model, world.mesh["tensor"])
     mesh = world.mesh["replicate", "shard"] if world.mesh.size(0) > 1 else world.mesh["shard"]
+    narrow = compute if compute != torch.float32 else None
+    policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for name in ENTRIES:
         register_fsdp_forward_method(model, name)
@@ -44,9 +48,9 @@ def shard(model: Transformer, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
-def allot_shards(model: Transformer, world: World, device: torch.device) -> None:
+def allot_shards(model: Transformer, world: World, device: torch.device, compute: torch.dtype) -> None:
     """Give a model whose parameters have no memory yet that of this rank's parts alone."""
-    shard(model, world)
+    shard(model, world, compute)
     model.to_empty(device=device)
     model.tie()
 

@@ -110,6 +110,12 @@ class World:
     tensor: int = 1  # consecutive ranks that have the same samples
     mesh: DeviceMesh | None = field(default=None, compare=False)
     roll: Roll | None = field(default=None, compare=False)
+    here: int = 1  # ranks on this machine
+
+    @property
+    def copies(self) -> int:
+        """Of the model."""
+        return 1 if self.mesh is None else self.mesh.size(0)
 
     @property
     def main(self) -> bool:
@@ -227,7 +233,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
         shape, names = (config.replicate, shards, config.tensor), ("replicate", "shard", "tensor")
         mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
         with roll:
-            yield World(rank, size, config.tensor, mesh, roll)
+            yield World(rank, size, config.tensor, mesh, roll, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
             what = f"rank {rank} has lost another one: {str(error).splitlines()[0][:200]}{roll.missing()}"

@@ -27,8 +27,9 @@ DISK = 1.0 * GB  # bytes a second, where nobody says more
 class Device:
     """memory: bytes there are. rates: FLOP/s that matrix products reach; 0 where there are none in that precision.
     bandwidth: bytes/s of its memory; link: bytes/s one way, to its neighbours in the machine, or to the host where it
-    has no link to them; host: bytes/s to where `offload` puts things: the host's memory, or of a CPU its disk. taken:
-    bytes that driver and kernels hold, or that a process on a CPU begins with. watts: at full load, the whole board.
+    has no link to them; network: bytes/s one way to devices of other machines, each of which has `machine`; host:
+    bytes/s to where `offload` puts things: the host's memory, or of a CPU its disk. taken: bytes that driver and
+    kernels hold, or that a process on a CPU begins with. watts: at full load, the whole board.
     costs: measured seconds of one unit of a kind of work (see `ronna.base.rates`), which go before what rates and
     bandwidth say. source: where the figures come from."""
 
@@ -43,6 +44,8 @@ class Device:
     host: float = DISK
     costs: Mapping[str, float] = field(default_factory=dict)
     source: str = "its data sheet"
+    network: float = 12.5 * GB
+    machine: int = 8
 
     @property
     def room(self) -> int:
@@ -60,7 +63,9 @@ def card(
     rates: dict[Dtype, float] = {"bf16": tera[0] * TERA * REACHED, "fp32": tera[1] * TERA * REACHED}
     host = (64.0 if name.startswith(("h", "b")) else 16.0 if name in OLD else 32.0) * GB * COPIED
     moved = (gigabytes * GB * STREAMED, link * GB * COPIED)
-    return Device(name, "cuda", round(gib * GIB), rates, *moved, 700 * MIB, watts, host)
+    # What clusters of them usually have for each card: 400 Gbit/s, 200, or 100.
+    network = (50.0 if name.startswith(("h", "b")) else 25.0 if name.startswith("a100") else 12.5) * GB * COPIED
+    return Device(name, "cuda", round(gib * GIB), rates, *moved, 700 * MIB, watts, host, network=network)
 
 
 OLD = ("t4", "v100-16gb", "v100-32gb")  # PCIe 3

@@ -5,11 +5,13 @@ optimizer. The peak is the fullest moment, not the sum of what each component ne
 process grows by, as `ronna.base.heap` has it; on a GPU what torch allocates, which no run has been compared with yet.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ronna.model import config as c
 from ronna.plan.heap import REHEARSED, SMALL, SPARE, TIGHT
 from ronna.plan.inputs import inputs
+from ronna.plan.ranks import MASTER, PASSED, around, block_sizes, divided, share
 from ronna.plan.rehearsal import Rehearsal
 from ronna.plan.stretches import Step, Stretch, Table, forward_pass, loss_parts, vocabulary_loss
 from ronna.plan.weights import Weight, adapted, pieces, portions, scratch, spaces, states, weights
@@ -19,7 +21,15 @@ __all__ = ["Memory", "Step", "estimate"]
 BITS = {"nf4": 4.5, "nf4_double": 4.127}  # a weight, scales included
 CUDA_WORKSPACE = 32 * 2**20  # of matrix products on recent cards
 BITSANDBYTES = 43 * 2**20  # what a process grows by that loads it
-PASSING = ("gradients", "activations", "ends", "casts", "loss", "holes")  # what is not there between two steps
+PASSING = (
+    "gathered",
+    "gradients",
+    "activations",
+    "ends",
+    "casts",
+    "loss",
+    "holes",
+)  # what is not there between two steps
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,11 @@ class Memory:
 
 
 def estimate(model: c.Model, step: Step) -> Memory:
-    """Of a training step after the first, when the optimizer's states are there."""
-    n, table = step.numbers, Table.of(model, step)
+    """Of a training step after the first, when the optimizer's states are there; of several ranks, on the first."""
+    model, n = divided(model, step.ranks), step.numbers
+    table = Table.of(model, step)
     learning = list(weights(model, table.rows)) if step.adapter is None else list(adapted(model, step.adapter))
+    learning = [share(w, step.ranks.shard) for w in learning]
     width = n.weight if step.adapter is None else 4
     walk = Walk(
         weights=model_bytes(model, step) + table.copy,
@@ -53,8 +65,10 @@ def estimate(model: c.Model, step: Step) -> Memory:
         + (spaces(learning, width) if step.lean else 0),
         inputs=inputs(model, step.lengths, step.source, step.predicted, n),
         workspace=workspace(step),
-        spare=0.0 if n.cuda else TIGHT if step.tight or step.lean else SPARE,
+        spare=0.0 if n.cuda else TIGHT if step.tight or step.lean or step.ranks.size > 1 else SPARE,
     )
+    if step.ranks.size > 1:
+        walk.shards = Shards(model, step)
     stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
     inside, outside = ([w for w in learning if w.inside == within] for within in (True, False))
@@ -111,6 +125,7 @@ class Walk:
         self.keeps_holes = spare == SPARE  # else what is freed is given back at once
         self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
         self.tight = spare == TIGHT
+        self.shards: Shards | None = None
 
     def moment(self, where: str, passing: int) -> None:
         spare = int(self.spare * (sum(self.now[name] for name in PASSING if name != "holes") + passing))
@@ -134,16 +149,65 @@ class Walk:
         self.now["holes"] += sign * s.holes * self.keeps_holes
 
 
+class Shards:
+    """What a rank holds of others' parts: a block's while it computes, and those around the blocks throughout; and
+    gradients of whole weights until they have been added up."""
+
+    def __init__(self, model: c.Model, step: Step):
+        self.parts, self.clear = step.ranks.shard, step.micro_batches == 1
+        self.blocks = [size * step.inside.compute for size in block_sizes(model)]
+        self.ahead = 2 if step.numbers.cuda else 1  # the next one comes while one computes
+        self.around = around(model) * MASTER
+        self.width = step.inside.weight if step.adapter is None else PASSED
+        self.whole = 0  # bytes of gradients that have not been added up
+
+    def begin(self, walk: Walk) -> None:
+        walk.moment("gathering around the blocks", 2 * self.around)
+        walk.now["gathered"] = self.around
+
+    def enter(self, walk: Walk, block: int) -> None:
+        size = self.blocks[block]
+        walk.moment(f"gathering block {block}", 2 * size)
+        walk.now["gathered"] += self.ahead * size
+
+    def leave(self, walk: Walk, block: int | None) -> None:
+        walk.now["gathered"] -= self.around if block is None else self.ahead * self.blocks[block]
+
+    def add_up(self, walk: Walk, where: str, width: int) -> None:
+        """Gradients of the whole weights of so many bytes a number turn into this rank's part."""
+        passed = self.whole // width * PASSED
+        walk.moment(f"adding up gradients {where}", passed + passed // self.parts)
+        walk.now["gradients"] += (passed // self.parts if self.clear else 0) - self.whole
+        self.whole = 0
+
+
+def borders(stretches: list[Stretch]) -> Iterator[tuple[bool, Stretch, bool]]:
+    """Each with whether it is the first and the last of its block."""
+    before, behind = [None, *stretches[:-1]], [*stretches[1:], None]
+    for a, s, b in zip(before, stretches, behind, strict=True):
+        inside = s.block is not None
+        yield inside and (a is None or a.block != s.block), s, inside and (b is None or b.block != s.block)
+
+
 def forward(walk: Walk, stretches: list[Stretch], loss: Stretch | None) -> None:
-    for s in stretches:
+    shards = walk.shards
+    if shards:
+        shards.begin(walk)
+    for first, s, last in borders(stretches):
+        if shards and first and s.block is not None:
+            shards.enter(walk, s.block)
         walk.moment(f"forward of {s.name}", s.profile.forward)
         walk.add(s, 1)
+        if shards and last:
+            shards.leave(walk, s.block)
     if loss is not None:
         walk.now["holes"] += loss.holes * walk.keeps_holes
         walk.moment(loss.name, loss.profile.forward)
         walk.now["holes"] -= loss.holes * walk.keeps_holes
         walk.now["loss"] += loss.profile.kept
         walk.now["gradients"] += loss.profile.leaf
+        if shards:
+            shards.whole += loss.profile.leaf
 
 
 def beside_step(step: Step, learning: list[Weight], width: int) -> int:
@@ -161,22 +225,40 @@ def backward(walk: Walk, stretches: list[Stretch], step: Step, stepping: tuple[i
     if step.fused_backward and step.clip:  # a pass for the norm alone, which frees nothing
         for s in reversed(stretches):
             walk.moment(f"backward of {s.name}", s.profile.backward - s.profile.held)
-    memory = 0  # gradient of the encoder's states, to which every block of the decoder adds
-    for s in reversed(stretches):
+    memory, shards, around_blocks = 0, walk.shards, 0
+    # `memory`: gradient of the encoder's states, to which every block of the decoder adds.
+    if shards:
+        around_blocks, shards.whole = shards.whole, 0
+    for first, s, last in borders(stretches[::-1]):
         walk.add(s, -1)
+        if shards and first and s.block is not None:
+            shards.enter(walk, s.block)
         if s.gives:
             memory = 0
         memory = max(memory, s.memory)
         beside = stepping[s.block is None]
         walk.moment(f"backward of {s.name}", s.profile.backward + memory + max(0, beside - s.added))
         walk.now["gradients"] += s.rows + (s.profile.leaf if step.keeps_gradients else 0)
+        if shards and s.block is None:
+            around_blocks += s.profile.leaf
+        elif shards:
+            shards.whole += s.profile.leaf
+            if last:
+                shards.leave(walk, s.block)
+                shards.add_up(walk, f"of block {s.block}", shards.width)
+    if shards:
+        shards.leave(walk, None)
+        shards.whole = around_blocks
+        shards.add_up(walk, "around the blocks", MASTER)
 
 
 def model_bytes(model: c.Model, step: Step) -> int:
-    n, params = step.numbers, model.params()
+    """`model`: of one rank of a tensor group."""
+    n, shards = step.numbers, step.ranks.shard
+    params = sum(share(w, shards).size for w in weights(model))
     if step.adapter is None:
         return params * n.weight
-    own = sum(w.size for w in adapted(model, step.adapter)) * 4
+    own = sum(share(w, shards).size for w in adapted(model, step.adapter)) * 4
     coded = 0
     if step.quantize is not None:
         coded = sum(w.size for w in weights(model) if w.inside and w.columns)

@@ -76,7 +76,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        return ", ".join(self.words) or "as asked for"
+        ranks = [self.step.ranks.name] if self.step.ranks.size > 1 else []
+        return ", ".join([*ranks, *self.words]) or "as asked for"
 
 
 def search(work: Work, room: int, seconds: Seconds, correction: float = 1.0) -> list[Plan]:
@@ -93,6 +94,9 @@ def search(work: Work, room: int, seconds: Seconds, correction: float = 1.0) -> 
 def ways(work: Work) -> Iterator[Step]:
     """What was asked for first; the micro-batch and what is computed again are still open."""
     asked, seen = work.step, set[Step]()
+    if asked.ranks.size > 1:  # where no other ways work yet
+        yield asked
+        return
     optimizers = [asked.optimizer]
     widths, unclipped = [asked.weights], [asked.clip]
     cpu = asked.device == "cpu"

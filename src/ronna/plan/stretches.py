@@ -11,6 +11,7 @@ from ronna.model import config as c
 from ronna.plan import ends
 from ronna.plan.blocks import Scene, attention_half, feed_half
 from ronna.plan.heap import LOST, lost
+from ronna.plan.ranks import ALONE, Ranks
 from ronna.plan.shapes import BYTES, Adapter, Dtype, Lengths, Numbers
 from ronna.plan.tape import Events, Profile, Tape, Value
 from ronna.plan.weights import Optimizer
@@ -28,7 +29,8 @@ class Step:
     blocks, the encoder's first, are computed again for the backward pass, and of how many after them the feed-forward
     half. fused_backward: the optimizer steps within the backward pass, one weight at a time; `clip`: with the norm of
     all gradients known before, for which the backward pass is walked twice. offload and quantize: as in a run file.
-    tight: a CPU's heap gives back what is freed, as it does in every `lean` run (see `ronna.base.heap`).
+    tight: a CPU's heap gives back what is freed, as it does in every `lean` run and on several `ranks` (see
+    `ronna.base.heap`). ranks: that share the step; all other numbers are of one of them.
     """
 
     lengths: Lengths
@@ -48,13 +50,21 @@ class Step:
     quantize: Literal["nf4", "nf4_double"] | None = None
     tight: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
+    ranks: Ranks = ALONE
 
     @property
     def numbers(self) -> Numbers:
         """An adapter's base is held in the precision of the computation."""
         width = self.compute if self.adapter else self.weights
         away, four_bit = "activations" in self.offload, self.quantize is not None
-        return Numbers(BYTES[self.compute], BYTES[width], self.device == "cuda", self.adapter, four_bit, away)
+        cuda, apart = self.device == "cuda", self.ranks.tensor > 1
+        return Numbers(BYTES[self.compute], BYTES[width], cuda, self.adapter, four_bit, away, apart)
+
+    @property
+    def inside(self) -> Numbers:
+        """Of blocks, which several ranks gather as they compute."""
+        n = self.numbers
+        return n if self.ranks.size == 1 else replace(n, weight=n.compute)
 
     @property
     def lean(self) -> bool:
@@ -64,8 +74,9 @@ class Step:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether each weight's gradient is new in the backward pass and stays."""
-        return self.micro_batches == 1 and not self.fused_backward
+        """Whether each weight's gradient is new in the backward pass and stays; on several ranks until it has been
+        added up."""
+        return (self.micro_batches == 1 and not self.fused_backward) or self.ranks.size > 1
 
 
 class Stretch(NamedTuple):
@@ -99,7 +110,8 @@ class Table:
     @classmethod
     def of(cls, model: c.Model, step: Step) -> "Table":
         vocab, tied = model.embedding.vocab, model.head is not None and model.head.tied
-        if step.device != "cpu" or tied or step.adapter is not None or step.lean:
+        alone = step.ranks.size == 1
+        if step.device != "cpu" or tied or step.adapter is not None or step.lean or not alone:
             return cls(vocab)
         row = model.dim * step.numbers.weight
         if step.token_rows is not None and step.token_rows < WORTHWHILE * vocab:
@@ -154,7 +166,8 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
         added = dense if there else 0
         yield Stretch(f"{name}'s embedding", profile, rows=by_rows, added=added, parts=((t, (x,)),))
         there = True
-        scene = Scene(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
+        cross = step.source if last else None
+        scene = Scene(model.dim, lengths, cross, stack.causal, stack.relative_bias, step.inside)
         for i, (a, b, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
             where = f"{name} block {i}"
             if number < step.blocks:

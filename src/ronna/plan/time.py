@@ -1,7 +1,8 @@
 """How long a training step takes, by arithmetic: what it does (`ronna.plan.work`) times what each kind of work costs.
 
 Costs are measured where `ronna.base.rates` has been, else told from the device's rates and bandwidth. They are added
-up: nothing of a step is thought to run beside the rest, but a GPU beside the calls. No GPU has been compared with yet.
+up: nothing of a step is thought to run beside the rest, but a GPU beside the calls, and beside what it sends to others
+and takes from them. No GPU has been compared with yet.
 """
 
 from collections import Counter
@@ -13,6 +14,7 @@ from ronna.model import config as c
 from ronna.plan.ends import CHUNK_ELEMENTS
 from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
+from ronna.plan.ranks import divided, sent, share
 from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
 from ronna.plan.stretches import Step, Table, read_positions
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
@@ -49,6 +51,7 @@ PASSES = {"words": 24.0, "rounded": 12.0}
 # Of a whole step, beyond its operations measured one by one, whose operands a cache holds by then.
 SUSTAINED = {"cpu": 1.1, "cuda": 1.0}
 MUON_STEPS = 5
+HOP = 5e-6  # seconds until a ring's next rank has what it is given, beside what rate and size say
 HOST_STREAM = 40e9  # bytes/s of a GPU's host's memory, a guess
 
 
@@ -56,7 +59,7 @@ HOST_STREAM = 40e9  # bytes/s of a GPU's host's memory, a guess
 class Time:
     """Seconds of a step, all its micro-batches together. overhead: of calling the operations of all other parts, on a
     GPU what does not pass while it computes. flops: floating-point operations of all products, those done again
-    included. bytes: moved outside of products."""
+    included. bytes: moved outside of products. communication: of waiting for other ranks."""
 
     forward: float
     backward: float
@@ -65,6 +68,7 @@ class Time:
     optimizer: float
     offload: float
     overhead: float
+    communication: float
     flops: float
     bytes: float
 
@@ -72,7 +76,7 @@ class Time:
     def total(self) -> float:
         return (
             self.forward + self.backward + self.recomputation + self.loss + self.optimizer + self.offload
-            + self.overhead
+            + self.overhead + self.communication
         )  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
     if not device.rates[step.compute]:
         fix = f'use precision = "fp32", or a device that computes {step.compute}'
         raise RonnaError(f"it computes no {step.compute}", where=f"device {device.name}", fix=fix)
-    step = replace(step, device=device.kind)
+    step, model = replace(step, device=device.kind), divided(model, step.ranks)
     parts, update = micro_batch(model, step), optimizer(model, step)
     walks = 2 if step.fused_backward and step.clip else 1
     seconds = {
@@ -113,6 +117,7 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
         **seconds,
         offload=offloaded(model, step) / device.host,
         overhead=max(0.0, calls - sum(seconds.values())) if device.kind == "cuda" else calls,
+        communication=step.micro_batches * waiting(model, step, device, seconds),
         flops=sum(work[kind] for kind in PRODUCTS),
         bytes=sum(units * width(kind, step) for kind, units in work.items()),
     )
@@ -181,7 +186,8 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
         last = stack is model.last
         reads = read_positions(model, step) if last else None
         done.add(embedding(model, stack, lengths, n, table.sparse))
-        part = Scene(model.dim, lengths, step.source if last else None, stack.causal, stack.relative_bias, n)
+        source = step.source if last else None
+        part = Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside)
         for one, two in of_blocks(stack, part, reads):
             repeated = (one, two) if number < step.blocks else (two,) if number < step.blocks + step.feeds else ()
             for half in repeated:
@@ -222,9 +228,39 @@ def relative(done: Work, lengths: Lengths, heads: int, n: Numbers) -> None:
 
 
 def learning(model: c.Model, step: Step) -> list[Weight]:
-    if step.adapter is not None:
-        return list(adapted(model, step.adapter))
-    return list(weights(model, Table.of(model, step).rows))
+    """On one rank."""
+    whole = weights(model, Table.of(model, step).rows) if step.adapter is None else adapted(model, step.adapter)
+    return [share(w, step.ranks.shard) for w in whole]
+
+
+def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, float]) -> float:
+    """Seconds of a micro-batch. A GPU gathers blocks and adds up gradients while it computes others."""
+    ranks, machine = step.ranks, device.machine
+    if ranks.size == 1:
+        return 0.0
+    grown = [w for w in (weights(model) if step.adapter is None else adapted(model, step.adapter))]
+    tokens = step.lengths.total + (step.source.total if step.source else 0)
+    width = step.numbers.compute
+    again = min(2 * step.blocks + step.feeds, 2 * sum(len(s.blocks) for s in (model.encoder, model.decoder) if s))
+    it = sent(model, ranks, tokens * model.dim * width, width, sum(w.size for w in grown), again)
+    together = max(1, machine // ranks.tensor)  # of a group of shards, on one machine
+    copies = max(1, machine // (ranks.tensor * ranks.shard))
+
+    def ring(size: float, members: int, here: int, times: int = 1) -> float:
+        rate = device.link if members <= here else min(device.link, device.network * here)
+        return size * (members - 1) / members / rate + times * (members - 1) * HOP
+
+    blocks = sum(len(stack.blocks) for stack in (model.encoder, model.decoder) if stack)
+    forward = ring(it.forward, ranks.shard, together, blocks + 1)
+    backward = ring(it.backward, ranks.shard, together, blocks)
+    backward += ring(it.gradients, ranks.shard, together, blocks + 1)
+    backward += 2 * ring(it.gradients / ranks.shard, ranks.replicate, copies, blocks + 1)
+    divided_blocks = 2 * ring(it.activations, ranks.tensor, machine, it.sums)
+    if device.kind == "cuda":
+        each = 1 / step.micro_batches
+        forward = max(0.0, forward - each * (seconds["forward"] + seconds["loss"]))
+        backward = max(0.0, backward - each * (seconds["backward"] + seconds["recomputation"]))
+    return forward + backward + divided_blocks
 
 
 def gradients(model: c.Model, step: Step) -> int:

@@ -89,7 +89,7 @@ def merged(
     w: Work, rows: int, inputs: int, outputs: list[tuple[str, int]], bias: bool, n: Numbers, needs: bool
 ) -> None:
     """Several maps of one input, as one product of joined weights where there are rows enough."""
-    if rows < MERGED or inputs * sum(o for _, o in outputs) > TOGETHER or n.four_bit:
+    if rows < MERGED or inputs * sum(o for _, o in outputs) > TOGETHER or n.four_bit or n.apart:
         for path, o in outputs:
             linear(w, rows, (inputs, o), bias, n, path, needs)
         return

@@ -15,7 +15,7 @@ from ronna.model.recompute import recomputed_blocks
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Sample, collate, last_states, of_whole_batch
-from ronna.parallel.sharded import rest
+from ronna.parallel.sharded import is_sharded, rest
 from ronna.train.loop import gradients
 
 SAMPLES = 8  # of the first batch, enough for every check
@@ -42,9 +42,9 @@ def check_start(model: Transformer, objective: Objective, micros: list[list[Samp
     if all(c.ok for c in checks):
         with still(model, model.compute):  # the leak in the precision, and so with the kernel, of the run
             checks.append(no_leak(model, objective, few))
-        # Weights held in bf16 have gradients in bf16: products in fp32 would need copies of them that no step has.
+        # Weights held or gathered in bf16 have gradients in bf16: products in fp32 would need copies that no step has.
         narrow = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
-        with still(model, model.compute if narrow else torch.float32):
+        with still(model, model.compute if narrow or is_sharded(model) else torch.float32):
             whole = of_whole_batch(objective)  # samples of an item are in need of each other then
             checks.append(accumulation(model, objective, next(filter(None, micros)) if whole else few))
     return checks
@@ -185,7 +185,8 @@ def accumulation(model: Transformer, objective: Objective, samples: list[Sample]
         return Check("accumulation", True, "nothing to learn in the shortest items")
     none = torch.zeros(1, device=model.device)
     differences = [whole.of.get(p, none) - cut.of.get(p, none) for p in whole.of.keys() | cut.of.keys()]
-    coarsest = max(torch.finfo(p.dtype).eps for p in whole.of)  # gradients are as narrow as their weights
+    # Gradients are as narrow as their weights, which shards are gathered in.
+    coarsest = max(torch.finfo(dtype).eps for dtype in [*(p.dtype for p in whole.of), model.compute])
     if coarsest < 1e-6:
         far, bound = max(float(d.abs().max()) for d in differences) / max(whole.largest, cut.largest, 1e-30), 1e-4
     else:  # in bf16 a table adds up the rows of its gradient one by one, so that single numbers are far off

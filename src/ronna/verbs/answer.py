@@ -14,6 +14,7 @@ from ronna.plan import record
 from ronna.plan.hardware import Device, gib
 from ronna.plan.scaling import best_tokens, expected_loss
 from ronna.plan.search import Plan, Work
+from ronna.plan.time import step_time
 
 if TYPE_CHECKING:
     from ronna.trial import Taken
@@ -24,7 +25,8 @@ BAR = 30  # characters of the longest bar
 
 @dataclass(frozen=True)
 class Answer:
-    """All plans of a question, the best first. room: bytes that a run may grow by on a device. work: of one device."""
+    """All plans of a question, the best first. room: bytes that a run may grow by on a device. work: of all devices
+    together."""
 
     title: str
     device: Device
@@ -44,7 +46,11 @@ class Answer:
         """Tokens a second, all devices together."""
         whole = self.work.shape(self.work.batch)
         tokens = whole.lengths.total + (0 if whole.source is None else whole.source.total)
-        return self.devices * tokens / plan.seconds
+        return tokens / plan.seconds
+
+    def waits(self, plan: Plan) -> float:
+        """Share of a step."""
+        return step_time(self.work.model, plan.step, self.device).communication / plan.seconds
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +74,8 @@ class Answer:
             "missing_bytes": plan.missing,
             "held": plan.memory.held,
             "where": plan.memory.where,
+            "ranks": asdict(plan.step.ranks),
+            "waiting": self.waits(plan),
             "step_seconds": plan.seconds,
             "tokens_per_second": self.rate(plan),
         }
@@ -95,7 +103,7 @@ def show(answer: Answer, question: PlanRun) -> None:
     console.print(f"{answer.title}: {number(work.model.params())} parameters, {answer.asked.task}"
                   + "".join(f", {key} {value}" for key, value in answer.settings.items()))  # fmt: skip
     console.print(f"on {several}{where.name}: {gib(where.memory)}; {work.step.compute}, "
-                  f"{answer.devices * work.batch} sequences a step")  # fmt: skip
+                  f"{work.batch} sequences a step")  # fmt: skip
     console.print(f"memory {basis(where)}, times by {where.source}")
     console.print(plans(answer))
     if (best := answer.chosen) is not None:
@@ -127,9 +135,12 @@ def plans(answer: Answer) -> Table:
     shown = fitting[:SHOWN] + [p for p in fitting[SHOWN:] if not p.exact][: SHOWN // 2]
     for plan in shown:
         note = "" if plan.exact else "not the same training"
+        if answer.devices > 1:
+            note = f"waits {answer.waits(plan):.0%} for others"
         cells = (gib(plan.peak + answer.device.taken), duration(plan.seconds), f"{answer.rate(plan):,.0f}")
         best = plan is answer.chosen
-        table.add_row(plan.name, *cells, "best" if best else note, style="bold" if best else None)
+        note = ", ".join(filter(None, ("best" if best else "", note if answer.devices > 1 or not best else "")))
+        table.add_row(plan.name, *cells, note, style="bold" if best else None)
     for plan in [p for p in answer.plans if not p.fits][: SHOWN // 2]:
         table.add_row(
             plan.name, gib(plan.peak + answer.device.taken), "", "", f"lacks {gib(plan.missing)}", style="dim"

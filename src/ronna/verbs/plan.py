@@ -4,6 +4,7 @@ Closed forms, from the model's shape alone: no torch and no data, unless it is a
 measures.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from ronna.base.errors import RonnaError
 from ronna.base.track import say
 from ronna.model import config as c
 from ronna.model.families import PRESETS, preset
-from ronna.plan.hardware import CARDS, Device, device, gib, parse_bytes
+from ronna.plan.hardware import CARDS, GB, Device, device, gib, parse_bytes
+from ronna.plan.ranks import layouts
 from ronna.plan.scaling import expected_loss, largest, proportions
-from ronna.plan.search import Plan, Work, search, some_way_fits
+from ronna.plan.search import Plan, Work, micro_of, search, some_way_fits
 from ronna.plan.shapes import Dtype
+from ronna.plan.stretches import Step
 from ronna.plan.time import step_time
 from ronna.verbs.answer import Answer, show
 
@@ -27,7 +30,22 @@ if TYPE_CHECKING:
 SHARE = 0.98  # of the memory that may be planned with
 SIZES = 40  # to compare where time decides
 TRIALS, CLOSE, CAREFUL = 5, 0.03, 1.1  # of a plan; what may be left of the room; what one took that had too little
-OF_A_RUN = {"model", "hardware", "memory", "precision", "exact", "probe", "price", "tokens", "hours", "write", "verb"}
+SHARED = ("adamw", "adam", "sgd")  # optimizers, as in ronna.compatible
+OF_A_RUN = {
+    "machine",
+    "network",
+    "model",
+    "hardware",
+    "memory",
+    "precision",
+    "exact",
+    "probe",
+    "price",
+    "tokens",
+    "hours",
+    "write",
+    "verb",
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,8 @@ def hardware(question: PlanRun) -> tuple[int, Device]:
         )
     else:
         number, found = device(name)
+    network = found.network if question.network is None else question.network * GB
+    found = replace(found, machine=min(question.machine, number), network=network)
     return number, found if limit is None else replace(found, memory=min(found.memory, limit))
 
 
@@ -119,7 +139,8 @@ def precision(question: PlanRun, where: Device) -> Dtype:
 def of_named(subject: Subject) -> Answer:
     question = subject.question
     family, cfg = published(question, question.model)
-    return answered(subject, question.model, asked(question, family, cfg, subject.device.kind, subject.compute))
+    found = asked(question, family, cfg, subject.device.kind, subject.compute, subject.devices)
+    return answered(subject, question.model, found)
 
 
 def of_run(subject: Subject) -> "tuple[Answer, AnyRun]":
@@ -138,8 +159,11 @@ def of_run(subject: Subject) -> "tuple[Answer, AnyRun]":
 
 
 def answered(subject: Subject, title: str, found: Asked, correction: float = 1.0) -> Answer:
-    work = shared(found.work, subject.devices)
-    plans = search(work, subject.room, lambda step: step_time(work.model, step, subject.device).total, correction)
+    work, works = found.work, list(shared(subject, found.work))
+    plans: list[Plan] = []
+    for one in works:
+        plans += search(one, subject.room, lambda step: step_time(work.model, step, subject.device).total, correction)
+    plans.sort(key=lambda p: (not p.fits, p.missing, not p.exact, p.seconds if subject.devices > 1 else 0))
     return Answer(title, subject.device, subject.devices, subject.room, found, work, plans, subject.settings)
 
 
@@ -177,12 +201,37 @@ def again(subject: Subject, answer: Answer, correction: float) -> Answer:
     return answered(replace(subject, settings=answer.settings), answer.title, answer.asked, correction)
 
 
-def shared(work: Work, devices: int) -> Work:
-    """One device's part of a step: every one holds the model, and takes its share of the batch."""
-    if devices == 1:
-        return work
-    batch = -(-work.batch // devices)
-    return replace(work, batch=batch, step=replace(work.shape(batch).of(work.step), micro_batches=1))
+def shared(subject: Subject, work: Work) -> Iterator[Work]:
+    """One device's part of a step, for each way to share it. Raises RonnaError where there is none."""
+    if subject.devices == 1:
+        yield work
+        return
+    refuse_alone(work.step)
+    whole = work.step.adapter is None
+    found = list(layouts(work.model, subject.devices, subject.device.machine, work.batch, whole))
+    if not found:
+        what = f"{work.batch} sequences a step are too few for {subject.devices} devices"
+        raise RonnaError(what, where="batch", fix=f"give at least {subject.devices}")
+    for ranks in found:
+        batch = -(-work.batch // ranks.parts)
+        micro = min(batch, -(-micro_of(work) // ranks.parts))
+        step = replace(work.shape(micro).of(work.step), micro_batches=-(-batch // micro), ranks=ranks)
+        yield replace(work, batch=batch, step=step, micro=micro)
+
+
+def refuse_alone(step: Step) -> None:
+    """RonnaError for what works on one device alone, as `ronna.compatible` has it."""
+    asked = {
+        "optim": ("the optimizer", step.optimizer.kind, step.optimizer.kind not in SHARED),
+        "quantize": ("a base in 4 bits", "", step.quantize is not None),
+        "train.weights": ("weights held in bf16", "", step.weights == "bf16"),
+        "train.fused_backward": ("the optimizer inside the backward pass", "", step.fused_backward),
+        "train.offload": ("offloading", "", bool(step.offload)),
+    }
+    for where, (what, kind, there) in asked.items():
+        if there:
+            what = f"{what} {kind}".strip()
+            raise RonnaError(f"{what} does not work on several devices yet", where=where, fix="ask for one device")
 
 
 def of_largest(subject: Subject, correction: float = 1.0) -> Answer:
@@ -195,10 +244,13 @@ def of_largest(subject: Subject, correction: float = 1.0) -> Answer:
     sizes = ladder(question, base)
 
     def ask(i: int) -> Asked:
-        return asked(question, family, sizes[i][1], subject.device.kind, subject.compute)
+        return asked(question, family, sizes[i][1], subject.device.kind, subject.compute, subject.devices)
+
+    def fits(i: int) -> bool:
+        return any(some_way_fits(one, room) for one in shared(subject, ask(i).work))
 
     room = int(subject.room / correction)
-    most = largest(len(sizes), lambda i: some_way_fits(shared(ask(i).work, subject.devices), room))
+    most = largest(len(sizes), fits)
     if most is None:
         what = f"not even the smallest of the family, {sizes[0][1].params():,} parameters, fits"
         raise RonnaError(what, where=f"memory {gib(subject.device.memory)}", fix="give more, or a smaller --batch")
@@ -209,8 +261,8 @@ def of_largest(subject: Subject, correction: float = 1.0) -> Answer:
 
 
 def loss_after(subject: Subject, found: Asked, hours: float) -> float:
-    work = shared(found.work, subject.devices)
-    tokens = work.step.micro_batches * work.step.lengths.total * subject.devices
+    work = next(shared(subject, found.work))
+    tokens = work.step.micro_batches * work.step.lengths.total * work.step.ranks.parts
     return expected_loss(found.cfg.params(), hours * 3600 * tokens / subject.seconds(work))
 
 
@@ -244,9 +296,6 @@ def write(question: PlanRun, run: "AnyRun | None", answer: Answer, best: Plan) -
     from ronna.planned import named_run, with_plan
 
     assert question.write is not None
-    if answer.devices > 1:
-        fix = "ask for one device, or leave out --write"
-        raise RonnaError("runs on several devices cannot be written yet", where="write", fix=fix)
     run = named_run(question, answer.asked, answer.settings) if run is None else run
     path = Path(question.write)
     if path.suffix != ".toml":
@@ -260,4 +309,5 @@ def write(question: PlanRun, run: "AnyRun | None", answer: Answer, best: Plan) -
         path.write_text(dump_toml(planned), encoding="utf-8")
     except OSError as error:
         raise RonnaError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from None
-    say(f"written: ronna {planned.verb} {path}")
+    several = f" --nproc {answer.device.machine}" if answer.devices > 1 else ""
+    say(f"written: ronna {planned.verb} {path}{several}")

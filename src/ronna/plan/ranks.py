@@ -1,0 +1,127 @@
+"""How several devices share a training step: what each of them holds, and what they send to each other.
+
+As `ronna.parallel` has it: blocks are gathered on every rank for as long as they compute, what stands around them for
+the whole micro-batch; heads and hidden channels are divided within a tensor group.
+
+Legend: T tokens of a micro-batch, C channels, S shards.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ronna.model import config as c
+from ronna.plan.weights import Weight, block, weights
+
+MASTER, PASSED = 4, 4  # bytes of a weight that the optimizer has, and of a gradient that ranks add up
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Copies of the model, the shards of each, and the ranks that divide the blocks of each shard."""
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.replicate * self.shard * self.tensor
+
+    @property
+    def parts(self) -> int:
+        """Ranks with samples of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def name(self) -> str:
+        names = ((self.replicate, "copies"), (self.shard, "shards"), (self.tensor, "to a block"))
+        return " x ".join(f"{count} {what}" for count, what in names if count > 1) or "alone"
+
+
+ALONE = Ranks()
+
+
+def layouts(model: c.Model, devices: int, machine: int, most_parts: int, tensor: bool = True) -> Iterator[Ranks]:
+    """The sensible ones: tensor groups within a machine, shards over a machine, over all, or none.
+
+    machine: devices of one. most_parts: samples that there are to share. tensor: whether blocks may be divided.
+    """
+    for group in (n for n in range(1, min(machine, devices) + 1) if devices % n == 0 and machine % n == 0):
+        parts = devices // group
+        if parts > most_parts or (group > 1 and not (tensor and divides(model, group))):
+            continue
+        for shard in sorted({parts, machine // group, 1}, reverse=True):
+            if parts % shard == 0:
+                yield Ranks(parts // shard, shard, group)
+
+
+def divides(model: c.Model, ranks: int) -> bool:
+    """Whether every block can be shared by so many."""
+    blocks = [one for stack in (model.encoder, model.decoder) if stack for one in set(stack.blocks)]
+    attentions = [a for one in blocks for a in (one.attention, one.cross) if a is not None]
+    counts = [n for a in attentions for n in (a.heads, a.kv)] + [one.ffn.hidden for one in blocks]
+    return all(count % ranks == 0 for count in counts)
+
+
+def divided(model: c.Model, ranks: Ranks) -> c.Model:
+    """What one rank of a tensor group computes."""
+    n = ranks.tensor
+    if n == 1:
+        return model
+
+    def fewer(one: c.Attention | None) -> c.Attention | None:
+        return one and replace(one, heads=one.heads // n, kv_heads=one.kv // n)
+
+    def part(one: c.Block) -> c.Block:
+        ffn = replace(one.ffn, hidden=one.ffn.hidden // n)
+        attention = fewer(one.attention)
+        assert attention is not None
+        return replace(one, attention=attention, cross=fewer(one.cross), ffn=ffn)
+
+    stacks = (one and replace(one, blocks=tuple(part(b) for b in one.blocks)) for one in (model.encoder, model.decoder))
+    encoder, decoder = stacks
+    return replace(model, encoder=encoder, decoder=decoder)
+
+
+def share(w: Weight, shards: int) -> Weight:
+    """The first rank's rows, of which it has no fewer than any other."""
+    return w._replace(rows=-(-w.rows // shards))
+
+
+def block_sizes(model: c.Model) -> list[int]:
+    """Weights of each block, the encoder's first."""
+    sizes = {one: sum(w.size for w in block(one, model.dim)) for one in set(blocks(model))}
+    return [sizes[one] for one in blocks(model)]
+
+
+def blocks(model: c.Model) -> list[c.Block]:
+    return [one for stack in (model.encoder, model.decoder) if stack for one in stack.blocks]
+
+
+def around(model: c.Model) -> int:
+    """Weights outside of the blocks."""
+    return sum(w.size for w in weights(model)) - sum(block_sizes(model))
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank gives others for a micro-batch, and takes from them: blocks gathered on the way forward and on
+    the way back, gradients added up, and activations of divided blocks, which nothing can be computed without.
+
+    Each is the whole of what goes through a ring; a ring of n ranks sends (n - 1) / n of it, and sums twice that.
+    """
+
+    forward: int
+    backward: int
+    gradients: int
+    activations: int
+    sums: int  # how many times activations are added up
+
+
+def sent(model: c.Model, ranks: Ranks, activation: int, gathered: int, learning: int, again: int) -> Sent:
+    """`model` is that of one rank. activation: bytes of all that goes into a block. gathered: bytes of a block's weight
+    as it computes. learning: weights that learn. again: halves of blocks that are computed again."""
+    inside = sum(block_sizes(model)) * gathered if ranks.shard > 1 else 0
+    rest = around(model) * MASTER if ranks.shard > 1 else 0
+    sums = sum(2 + (one.cross is not None) for one in blocks(model)) * 2 + again if ranks.tensor > 1 else 0
+    return Sent(inside + rest, inside, learning * PASSED, activation * sums, sums)

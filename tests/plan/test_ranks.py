@@ -1,0 +1,113 @@
+"""How devices share a step by the planner: layouts, what each holds, and what they wait for."""
+
+from dataclasses import replace
+
+import pytest
+
+from ronna.model import config as c
+from ronna.model.families import preset
+from ronna.plan.hardware import device
+from ronna.plan.memory import estimate
+from ronna.plan.ranks import ALONE, Ranks, around, block_sizes, divided, divides, layouts, share
+from ronna.plan.shapes import Adapter, Lengths
+from ronna.plan.stretches import Step
+from ronna.plan.time import step_time
+from ronna.plan.weights import Weight, weights
+
+LLAMA, T5 = preset("llama-3-8b", num_hidden_layers=8)[1], preset("t5-base")[1]
+
+
+def step(ranks: Ranks = ALONE, sequences: int = 4, **more: object) -> Step:
+    return Step(Lengths(sequences, 512), compute="bf16", device="cuda", ranks=ranks, **more)
+
+
+def test_layouts_divide_the_devices_and_stay_within_a_machine() -> None:
+    found = list(layouts(LLAMA, 64, 8, most_parts=64))
+    assert len(found) == len(set(found))
+    assert all(r.size == 64 and r.tensor <= 8 and divides(LLAMA, r.tensor) for r in found)
+    assert {Ranks(1, 64, 1), Ranks(8, 8, 1), Ranks(64, 1, 1), Ranks(1, 8, 8), Ranks(8, 2, 4)} <= set(found)
+    assert all(r.tensor == 1 for r in layouts(LLAMA, 64, 8, 64, tensor=False))
+    assert all(r.parts <= 16 for r in layouts(LLAMA, 64, 8, most_parts=16))
+    assert not list(layouts(LLAMA, 64, 8, most_parts=4))
+    assert list(layouts(LLAMA, 2, 1, 8)) == [Ranks(1, 2, 1), Ranks(2, 1, 1)]
+
+
+@pytest.mark.parametrize("model", [LLAMA, T5], ids=["llama", "t5"])
+def test_a_tensor_group_holds_a_block_once(model: c.Model) -> None:
+    part = divided(model, Ranks(tensor=4))
+    inside = sum(w.size for w in weights(model) if w.inside and w.columns)
+    assert sum(w.size for w in weights(part) if w.inside and w.columns) * 4 == inside
+    assert sum(block_sizes(model)) + around(model) == model.params()
+    assert divided(model, Ranks(shard=4)) == model
+
+
+def test_uneven_heads_are_not_divided() -> None:
+    assert not divides(preset("gpt2")[1], 8)  # of 12 heads
+    assert divides(preset("gpt2")[1], 4)
+    assert not divides(preset("llama-1b")[1], 2)  # of 5,461 hidden channels
+
+
+def test_the_first_rank_has_no_fewer_rows_than_any_other() -> None:
+    assert share(Weight("w", 10, 3), 4).rows == 3
+    assert share(Weight("w", 1), 4).rows == 1
+
+
+def test_what_is_in_shards_falls_as_their_number() -> None:
+    for name in ("weights", "optimizer"):
+        one, two, eight = (estimate(LLAMA, step(Ranks(shard=n))).held[name] for n in (1, 2, 8))
+        assert one == pytest.approx(2 * two, rel=0.01) and one == pytest.approx(8 * eight, rel=0.01)
+    assert estimate(LLAMA, step(Ranks(replicate=8))).held["optimizer"] == estimate(LLAMA, step()).held["optimizer"]
+
+
+def test_blocks_are_whole_one_at_a_time() -> None:
+    model = preset("llama-3-8b", num_hidden_layers=8, vocab_size=1000)[1]  # with little around them
+    eight = step(Ranks(shard=8))
+    block, rest = 2 * block_sizes(model)[0], 4 * around(model)
+    assert estimate(model, eight).held["gathered"] == 2 * block + rest  # one more comes in the meantime
+    assert estimate(model, replace(eight, device="cpu")).held["gathered"] < 2 * block
+    assert estimate(model, step()).held["gathered"] == 0
+    assert estimate(LLAMA, eight).where == "loss" and estimate(LLAMA, eight).held["gathered"] == 4 * around(LLAMA)
+
+
+def test_micro_batches_keep_their_share_of_the_gradients() -> None:
+    one, more = (estimate(LLAMA, step(Ranks(shard=8), micro_batches=n)) for n in (1, 2))
+    assert more.peak > one.peak
+    assert more.held["gradients"] - one.held["gradients"] <= LLAMA.params() * 4 / 8 * 1.01
+
+
+def test_a_tensor_group_shares_activations_too() -> None:
+    alone, four = (estimate(LLAMA, step(Ranks(tensor=n))).activations[0] for n in (1, 4))
+    assert alone / 4 < four < 0.6 * alone  # the stream between blocks is whole on each rank
+
+
+def test_an_adapter_shares_its_base() -> None:
+    adapter = Adapter(8)
+    one, four = (estimate(LLAMA, step(Ranks(shard=n), adapter=adapter)).held["weights"] for n in (1, 4))
+    assert one == pytest.approx(4 * four, rel=0.01)
+
+
+def waits(ranks: Ranks, **more: object) -> float:
+    time = step_time(LLAMA, step(ranks), replace(device("h100-80gb")[1], **more))
+    return time.communication
+
+
+def test_communication() -> None:
+    assert waits(ALONE) == 0.0
+    assert waits(Ranks(tensor=8)) > waits(Ranks(tensor=2)) > 0.0  # nothing else can be computed in the meantime
+    far = waits(Ranks(shard=16), network=1e9)
+    assert far > waits(Ranks(shard=16), network=1e10) > waits(Ranks(shard=8), network=1e9)
+    assert waits(Ranks(2, 8), network=1e9) < far  # gradients alone travel between machines
+    assert waits(Ranks(shard=8), machine=4, network=1e9) > waits(Ranks(shard=8), machine=8, network=1e9)
+
+
+def test_a_cpu_waits_for_all_that_is_sent() -> None:
+    cpu = replace(device("h100-80gb")[1], kind="cpu")
+    beside, alone = (step_time(LLAMA, step(Ranks(shard=8)), d).communication for d in (device("h100-80gb")[1], cpu))
+    assert alone > beside
+
+
+def test_more_ranks_take_less_time_for_a_share() -> None:
+    card = device("h100-80gb")[1]
+    one = step_time(LLAMA, step(sequences=8), card).total
+    two = step_time(LLAMA, step(Ranks(tensor=2), sequences=8), card).total
+    assert one / 2 < two < one
