@@ -121,7 +121,7 @@ def fitted(
 
 
 def ranks_of(world: World) -> Ranks:
-    return Ranks(world.copies, world.size // world.copies // world.tensor, world.tensor)
+    return Ranks(world.copies, world.size // world.copies // world.tensor, world.tensor, world.sequence)
 
 
 def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Work:

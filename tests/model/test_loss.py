@@ -1,10 +1,14 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ronna.model import loss as module
 from ronna.model.config import Head, Norm, Transform
-from ronna.model.loss import vocabulary_loss
+from ronna.model.group import Group
+from ronna.model.loss import ChunkedCrossEntropy, Words, vocabulary_loss
 from ronna.model.transformer import Head as HeadModule
 
 
@@ -65,3 +69,53 @@ def test_smoothed_loss_is_that_of_torch(tile, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     for ours, theirs in zip(torch.autograd.grad(found, [x, *head.parameters()]), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+class Threads(Group):
+    """Threads as ranks, which meet at each reduction."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.found = size, threading.Barrier(size, timeout=30), {}
+
+    def reduced(self, x, how):
+        self.found[threading.get_ident()] = x
+        self.barrier.wait()
+        every = torch.stack(list(self.found.values()))
+        self.barrier.wait()
+        return every.sum(0) if how == "sum" else every.amax(0) if how == "max" else every.amin(0)
+
+
+@pytest.mark.parametrize("tile", [2**21, 13 * 10], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_words_in_parts(tile, smoothing, monkeypatch):
+    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    torch.manual_seed(0)
+    # Of whole numbers, so that the best word of some rows is there three times: the first of them counts.
+    weight, bias, x = (torch.randint(-2, 3, s).double() for s in ((37, 16), (37,), (90, 16)))
+    weight[5] = weight[20] = weight[36]
+    bias[[5, 20, 36]] = 6.0
+    labels = torch.randint(37, (90,))
+    labels[:30] = F.linear(x, weight, bias).argmax(-1)[:30]
+    whole = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    logits = F.linear(*whole)
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    wanted, group = torch.autograd.grad(expected, whole), Threads(3)
+
+    def rank(i):
+        part = slice(13 * i, min(13 * i + 13, 37))  # of 13, 13 and 11 words
+        mine = [t.clone().requires_grad_() for t in (x, weight[part], bias[part])]
+        words = Words(group, part.start, 37)
+        loss, _ = ChunkedCrossEntropy.apply(*mine, labels, smoothing, words)
+        gradients = torch.autograd.grad(loss, mine)
+        _, correct = ChunkedCrossEntropy.apply(x, weight[part], bias[part], labels, smoothing, words)
+        return part, loss, gradients, correct
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(rank, range(3)))
+    assert int((logits.argmax(-1) == labels).sum()) >= 30 and int((labels == 5).sum()) > 5
+    for part, loss, (of_x, of_weight, of_bias), correct in found:
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        assert int(correct) == int((logits.argmax(-1) == labels).sum())
+        torch.testing.assert_close(of_x, wanted[0], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(of_weight, wanted[1][part], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(of_bias, wanted[2][part], rtol=1e-10, atol=1e-13)

@@ -95,10 +95,30 @@ def model_of(name: str, kind: str) -> Transformer:
     return model
 
 
-def compared(name: str, kind: str, world: World) -> dict[str, float]:
-    """Two micro-batches a rank, the second of the last rank only there to stand in."""
-    one, many = model_of(name, kind), model_of(name, kind)
-    cfg = one.cfg
+@torch.no_grad()
+def logits(model: Transformer, batch: Batch) -> torch.Tensor:
+    """As generating asks for them, or the scores of classes."""
+    if model.head is None:
+        return model.scores(batch.tokens, batch.sequences)
+    memory = None if batch.source is None else model.encode(batch.source, batch.source_sequences)
+    return model(batch.tokens, batch.sequences, None, memory)
+
+
+def far(found: dict, wanted: dict) -> float:
+    """How far gradients are off at the most, by the largest number of each tensor."""
+    largest, worst = max(float(p.grad.abs().max()) for p in wanted.values()), 0.0
+    for n, p in wanted.items():
+        # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding.
+        scale = largest if n.endswith(".k.bias") else max(float(p.grad.abs().max()), 1e-4 * largest)
+        worst = max(worst, float((whole(found[n].grad) - p.grad).abs().max()) / scale)
+    return worst
+
+
+def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict[str, float]:
+    """Two micro-batches a rank, the second of the last rank only there to stand in. The model of one process computes
+    in double precision; `alone` is how far it is off in single."""
+    one, many, single = model_of(name, kind).double(), model_of(name, kind).to(precision), model_of(name, kind)
+    one.compute, many.compute, cfg = torch.float64, precision, one.cfg
     parts = world.size // world.tensor
     numbers = list(range(2 * parts - 1))
     everything = [batch(number, cfg) for number in numbers]
@@ -106,7 +126,10 @@ def compared(name: str, kind: str, world: World) -> dict[str, float]:
     if len(mine) < 2:
         mine.append(batch(0, cfg).standing_in())
     expected = gradients(one, Words(), everything, seed=0)
+    gradients(single, Words(), everything, seed=0)
     shard(many, world, many.compute)
+    asked = logits(one, everything[0])
+    apart = float((logits(many, everything[0]) - asked).abs().max() / asked.abs().max())
     totals = gradients(many, Words(), mine, seed=0, world=world)
     sums = world.total_sums(totals.sums)
     loss = max(abs(float(sums[t] / expected.sums[t]) - 1) for t in sums)
@@ -115,18 +138,14 @@ def compared(name: str, kind: str, world: World) -> dict[str, float]:
     assert found.keys() == wanted.keys() and totals.counts == expected.counts
     assert all(p.requires_grad == (n in found) for n, p in many.named_parameters())
     largest = max(float(p.grad.abs().max()) for p in wanted.values())
-    worst = 0.0
-    for n, p in wanted.items():
-        # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding.
-        scale = largest if n.endswith(".k.bias") else max(float(p.grad.abs().max()), 1e-4 * largest)
-        worst = max(worst, float((whole(found[n].grad) - p.grad).abs().max()) / scale)
+    worst, alone = far(found, wanted), far(dict(single.named_parameters()), wanted)
     norms = [float(clip_gradients(list(m.parameters()), largest)) for m in (one, many)]
     clipped = max(float((whole(found[n].grad) - p.grad).abs().max()) for n, p in wanted.items()) / largest
     held = sum(local(p).numel() for p in many.parameters()) / sum(p.numel() for p in one.parameters())
     with gathered(many.state_dict(), world) as state:
-        same = state is None or all(torch.equal(state[n], t) for n, t in one.state_dict().items())
-    return {"loss": loss, "gradient": worst, "norm": abs(norms[1] / norms[0] - 1), "clipped": clipped, "held": held,
-            "same": same}  # fmt: skip
+        same = state is None or all(torch.equal(state[n].float(), t.float()) for n, t in one.state_dict().items())
+    return {"loss": loss, "logits": apart, "gradient": worst, "alone": alone, "norm": abs(norms[1] / norms[0] - 1),
+            "clipped": clipped, "held": held, "same": same}  # fmt: skip
 
 
 def narrowed(world: World) -> dict[str, float | list[str]]:
@@ -146,16 +165,17 @@ def narrowed(world: World) -> dict[str, float | list[str]]:
 
 
 def case_gradients() -> list[dict]:
-    """For each way to divide the ranks in DEGREES."""
+    """For each way to divide the ranks in DEGREES, in single and in double precision."""
     found = []
     for degrees in json.loads(os.environ["DEGREES"]):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         with joined(ParallelConfig(**degrees), "cpu") as world:
             cases = [(name, "words") for name in FAMILIES] + [("bert-tiny", "classes")]
             cases += [("llama-tiny", "lora"), ("bert-tiny", "lora")] if world.tensor == 1 else []
-            found.append({f"{name} {kind}": compared(name, kind, world) for name, kind in cases})
+            for precision in (torch.float32, torch.float64):
+                found.append({f"{name} {kind}": compared(name, kind, world, precision) for name, kind in cases})
             if degrees == {} and world.size == 2:
-                found[-1]["narrow"] = narrowed(world)
+                found[-2]["narrow"] = narrowed(world)
     return found
 
 

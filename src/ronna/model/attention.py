@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ronna.model import config as c
+from ronna.model.boxes import local
 from ronna.model.layers import Linear, make_norm, merged
 from ronna.model.layers import dropout as drop
 from ronna.model.sequences import Reads, Sequences, View
@@ -57,7 +58,8 @@ class RelativeBias(nn.Module):
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions (R, Lq) and (R, Lk) -> bias (R, H, Lq, Lk)."""
-        return self.table(self.bucket(keys[:, None, :] - queries[:, :, None])).permute(0, 3, 1, 2)
+        buckets = self.bucket(keys[:, None, :] - queries[:, :, None])
+        return F.embedding(buckets, local(self.table.weight)).permute(0, 3, 1, 2)
 
     def bucket(self, offset: Tensor) -> Tensor:
         """Half of the buckets for exact small distances, half growing with the logarithm of the distance."""

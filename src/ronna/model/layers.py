@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ronna.model import config as c
+from ronna.model.boxes import local
 
 ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -26,12 +26,23 @@ ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+Passing = Callable[[Tensor], Tensor] | None  # what becomes of a weight before its use, where ranks have it in common
+
+
+def at_hand(weight: Tensor, passing: Passing) -> Tensor:
+    """What of a weight this rank computes with."""
+    here = local(weight)
+    return here if passing is None else passing(here)
+
+
 class Linear(nn.Linear):
     """A linear map that computes in the precision of its input."""
 
+    passing: Passing = None  # of a bias that is added to a part of a sum
+
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return self.changed(input, F.linear(input, self.weight.to(input.dtype), bias))
+        bias = None if self.bias is None else at_hand(self.bias, self.passing).to(input.dtype)
+        return self.changed(input, F.linear(input, local(self.weight).to(input.dtype), bias))
 
     def changed(self, input: Tensor, output: Tensor) -> Tensor:
         """What an adapter makes of the output: `peft` gives the class of a module another meaning of this."""
@@ -49,24 +60,27 @@ def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear maps of one input as a single matrix product, which small matrices need to be fast.
 
     Products of few tokens are left apart: joining the weights would cost more than it saves. So are large weights,
-    which are fast as they are and would be held twice, maps that lie in parts on several ranks, and those that compute
-    in a way of their own.
+    which are fast as they are and would be held twice, and maps that compute in a way of their own.
     """
-    apart = x.shape[0] < 64 or x.shape[1] * sum(m.out_features for m in linears) > 2**22  # type: ignore[misc]
-    if apart or any(type(m).forward is not Linear.forward or isinstance(m.weight, DTensor) for m in linears):
+    if x.shape[0] < 64 or any(type(m).forward is not Linear.forward for m in linears):
         return tuple(m(x) for m in linears)
     maps = cast(tuple[Linear, ...], linears)
-    weight = torch.cat([m.weight.to(x.dtype) for m in maps])
-    biases: list[Tensor] = [m.bias for m in maps if m.bias is not None]
+    weights = [local(m.weight) for m in maps]
+    if sum(w.numel() for w in weights) > 2**22:
+        return tuple(m(x) for m in linears)
+    weight = torch.cat([w.to(x.dtype) for w in weights])
+    biases: list[Tensor] = [local(m.bias) for m in maps if m.bias is not None]
     bias = torch.cat(biases).to(x.dtype) if biases else None
-    outputs = F.linear(x, weight, bias).split([m.out_features for m in maps], dim=-1)
+    outputs = F.linear(x, weight, bias).split([len(w) for w in weights], dim=-1)
     return tuple(m.changed(x, y) for m, y in zip(maps, outputs, strict=True))
 
 
 class LayerNorm(nn.LayerNorm):
+    passing: Passing = None
+
     def forward(self, input: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
+        weight = at_hand(self.weight, self.passing)
+        bias = None if self.bias is None else at_hand(self.bias, self.passing)
         # The CPU kernel takes fp32 weights with bf16 input as they are, but not the other way round.
         if input.is_cuda or bias is None or weight.dtype != torch.float32:
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
@@ -74,8 +88,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
+    passing: Passing = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, at_hand(self.weight, self.passing).to(x.dtype), self.eps)
 
 
 def make_norm(cfg: c.Norm | None, dim: int) -> nn.Module:

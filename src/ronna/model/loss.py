@@ -3,6 +3,7 @@
 Legend: M predicted positions, C channels, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ronna.model.boxes import box_of, local
+from ronna.model.group import Group
 from ronna.model.transformer import Head
 
 CHUNK_ELEMENTS = 2**26  # logits of one chunk: 128 MiB in bf16
@@ -28,9 +31,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, words: "Words"
     ) -> tuple[Tensor, Tensor]:
-        rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
+        rows = max(64, CHUNK_ELEMENTS // words.most)
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         need_x, need_w, need_b, *_ = ctx.needs_input_grad
@@ -44,8 +47,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part, gold = x[start : start + rows], labels[start : start + rows, None]
             logits = F.linear(part, w, b)
             if not training:
-                correct += (logits.argmax(-1, keepdim=True) == gold).sum()
-            total += softmax_in_place(logits, gold, total.dtype, training, smoothing)
+                correct += (words.best(logits) == gold).sum()
+            soft = softmax_in_place if words.group.size == 1 else words.softmax_in_place
+            total += soft(logits, gold, total.dtype, training, smoothing)
             if grad_x is not None:
                 torch.mm(logits, w, out=grad_x[start : start + rows])
             if need_w:
@@ -53,6 +57,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_w = product.to(weight.dtype) if grad_w is None else grad_w.add_(product)
             if grad_b is not None:
                 grad_b += logits.sum(0)
+        total = words.group.reduced(total, "sum")
+        if grad_x is not None:
+            grad_x = words.group.reduced(grad_x, "sum")
         ctx.save_for_backward(grad_x, grad_w, grad_b)
         ctx.scaled = None
         ctx.mark_non_differentiable(correct)
@@ -64,7 +71,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # In place, as the gradient of a vocabulary is large; a graph that is walked again finds it scaled already, and
         # autograd, which would refuse a saved tensor that has changed, is not told.
         factor, ctx.scaled = scale if ctx.scaled is None else scale / ctx.scaled, scale
-        return *(None if g is None else g.data.mul_(factor.to(g.dtype)) for g in ctx.saved_tensors), None, None
+        return *(None if g is None else g.data.mul_(factor.to(g.dtype)) for g in ctx.saved_tensors), None, None, None
 
 
 def softmax_in_place(
@@ -87,6 +94,51 @@ def softmax_in_place(
             p = p.scatter_add_(1, label, p.new_full((1, 1), smoothing - 1.0).expand_as(label))
             tile.copy_(p.sub_(even) if smoothing else p)
     return total
+
+
+@dataclass(frozen=True)
+class Words:
+    """Those of a head that this rank has: from `first` on, of V in all."""
+
+    group: Group
+    first: int
+    vocab: int
+
+    @property
+    def most(self) -> int:
+        """As many as any rank has."""
+        return -(-self.vocab // self.group.size)
+
+    def best(self, logits: Tensor) -> Tensor:
+        """(rows, 1): the word of the largest logit."""
+        found = logits.argmax(-1, keepdim=True)
+        if self.group.size == 1:
+            return found
+        here = logits.gather(1, found).float()
+        first = torch.where(here == self.group.reduced(here, "max"), found + self.first, self.vocab)
+        return self.group.reduced(first, "min")
+
+    def softmax_in_place(
+        self, logits: Tensor, gold: Tensor, dtype: torch.dtype, training: bool, smoothing: float = 0.0
+    ) -> Tensor:
+        """This rank's part of what the function of this name returns, of its part of the logits."""
+        rows, even = max(1, TILE_ELEMENTS // max(1, logits.shape[1])), smoothing / self.vocab
+        most = self.group.reduced(logits.max(-1, keepdim=True).values.to(dtype), "max")
+        tiles = list(zip(logits.split(rows), most.split(rows), gold.split(rows), strict=True))
+        sums = [(tile.to(dtype) - top).exp_().sum(-1, keepdim=True) for tile, top, _ in tiles]
+        log_z = most + self.group.reduced(torch.cat(sums), "sum").log_()
+        total = logits.new_zeros((), dtype=dtype)
+        for (tile, _, label), z in zip(tiles, log_z.split(rows), strict=True):
+            log_p = tile.to(dtype) - z
+            here = (label >= self.first) & (label < self.first + tile.shape[1])
+            label = (label - self.first) * here
+            total -= (log_p.gather(1, label) * here).sum() * (1 - smoothing)
+            if smoothing:
+                total -= log_p.sum() * even
+            if training:
+                p = log_p.exp_().scatter_add_(1, label, (smoothing - 1.0) * here.to(dtype))
+                tile.copy_(p.sub_(even))
+        return total
 
 
 def token_log_probs(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -116,10 +168,11 @@ def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float
     The second is counted only where no gradient is taken: it would cost training another look at all logits.
     """
     x = head.transform(hidden)
-    weight: Tensor = head.logits.weight
-    bias: Tensor | None = head.logits.bias
+    words = Words(head.group, box_of(head.logits.weight).start[0], head.vocab)
+    weight = local(head.logits.weight)
+    bias = None if head.logits.bias is None else local(head.logits.bias)
     if not torch.is_grad_enabled():  # a Function is told that parameters want gradients even then
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     with saved_tensors_hooks(same, same):  # finished gradients, scaled where they lie: no use for them elsewhere
-        total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels, smoothing)
+        total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels, smoothing, words)
     return total, None if total.requires_grad else correct

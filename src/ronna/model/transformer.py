@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ronna.model import config as c
 from ronna.model.attention import Attention, LayerCache, Prefix, RelativeBias, relative
+from ronna.model.boxes import box_of, local
+from ronna.model.group import Group
 from ronna.model.layers import ACTIVATIONS, FeedForward, Linear, dropout, make_norm
 from ronna.model.sequences import Reads, Sequences
 
@@ -43,6 +46,7 @@ class Block(nn.Module):
     def __init__(self, cfg: c.Block, dim: int, causal: bool):
         super().__init__()
         self.cfg = cfg
+        self.group = Group()  # of the ranks that divide its maps
         self.attention = Attention(cfg.attention, dim, causal)
         self.attention_norm = make_norm(None if cfg.skip_first_norm else cfg.norm, dim)
         self.cross = Attention(cfg.cross, dim, causal=False) if cfg.cross else None
@@ -66,10 +70,11 @@ class Block(nn.Module):
         )
         if self.cross is not None and self.cross_norm is not None and memory is not None:
             cross, source = self.cross, memory
+            states = self.group.shared(source.states)
             x = self.residual(
                 x,
                 self.cross_norm,
-                lambda h: cross.cross(h, sequences, source.states, source.sequences, cache, reads),
+                lambda h: cross.cross(h, sequences, states, source.sequences, cache, reads),
             )
         return self.feed(x)
 
@@ -80,8 +85,10 @@ class Block(nn.Module):
         self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor], reads: Reads | None = None
     ) -> Tensor:
         pre = self.cfg.norm_at == "pre"
-        y = dropout(layer(norm(x) if pre else x), self.cfg.dropout, self.training)
-        total = y + (x if reads is None else reads.pick(x))
+        group = self.group
+        y = group.out(layer(group.into(norm(x) if pre else x)))
+        read = x if reads is None else group.split(reads.pick(group.join(x)))
+        total = dropout(y, self.cfg.dropout, self.training) + read
         return total if pre else norm(total)
 
 
@@ -89,6 +96,7 @@ class Stack(nn.Module):
     def __init__(self, cfg: c.Stack, dim: int):
         super().__init__()
         self.cfg = cfg
+        self.group = Group()  # as its blocks have it
         self.blocks = nn.ModuleList(Block(b, dim, cfg.causal) for b in cfg.blocks)
         heads = cfg.blocks[0].attention.heads
         self.bias = RelativeBias(cfg.relative_bias, heads, cfg.causal) if cfg.relative_bias else None
@@ -112,14 +120,14 @@ class Stack(nn.Module):
         reads: Reads | None = None,
     ) -> Tensor:
         """States (T, C) of x (T, C), or those (M, C) that are read."""
-        x = sequences.widen(dropout(x, self.cfg.dropout, self.training))
+        x = self.group.split(sequences.widen(dropout(x, self.cfg.dropout, self.training)))
         if self.bias is not None and cache is None:
             relative(self.bias, sequences, x.dtype, self.ahead)  # outside of any block, which may be computed twice
         last = len(self.blocks) - 1
         for i, (block, prefix) in enumerate(zip(self.blocks, self.prefix(), strict=True)):
             layer = cache.layer(i) if cache else None
             x = block(x, sequences, self.bias, memory, layer, reads if i == last else None, prefix)
-        x = x[: sequences.tokens if reads is None else len(reads.index)]
+        x = self.group.join(x)[: sequences.tokens if reads is None else len(reads.index)]
         return dropout(self.final_norm(x), self.cfg.dropout, self.training)
 
 
@@ -134,6 +142,7 @@ class Embedding(nn.Module):
     def __init__(self, cfg: c.Embedding, dim: int):
         super().__init__()
         self.cfg, self.dim = cfg, dim
+        self.group = Group()  # of the ranks that divide its words
         self.tokens = nn.Embedding(cfg.vocab, dim)
         learned = isinstance(cfg.positions, c.LearnedPositions)
         self.positions = nn.Embedding(cfg.positions.count, dim) if learned else None  # type: ignore[union-attr]
@@ -144,9 +153,16 @@ class Embedding(nn.Module):
         """Vectors (n, C) of virtual tokens, to stand before every text: `peft` gives the class of a module some."""
         return None
 
+    def vectors(self, tokens: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return self.tokens(tokens)
+        table, first = local(self.tokens.weight), box_of(self.tokens.weight).start[0]
+        here = (tokens >= first) & (tokens < first + len(table))
+        return self.group.total(F.embedding((tokens - first) * here, table) * here[:, None])
+
     def forward(self, tokens: Tensor, sequences: Sequences, segments: Tensor | None = None) -> Tensor:
         """(T, C) of tokens and segments (T,), or of T less the virtual tokens that `sequences` has places for."""
-        x = self.tokens(tokens)
+        x = self.vectors(tokens)
         if self.cfg.scale != 1.0:
             x = x * self.cfg.scale
         if sequences.front and (virtual := self.virtual()) is not None:
@@ -167,7 +183,8 @@ class Head(nn.Module):
 
     def __init__(self, cfg: c.Head, dim: int, vocab: int):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.vocab = cfg, vocab
+        self.group = Group()  # of the ranks that divide its words
         self.dense = Linear(dim, dim, bias=cfg.transform.bias) if cfg.transform else None
         self.norm = make_norm(cfg.transform.norm if cfg.transform else None, dim)
         self.logits = Linear(dim, vocab, bias=cfg.bias)
@@ -178,7 +195,7 @@ class Head(nn.Module):
         return x if self.cfg.scale == 1.0 else x * self.cfg.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.transform(x))
+        return self.group.words(self.logits(self.transform(x)), self.vocab)
 
 
 def pooled_places(sequences: Sequences, pool: c.Pool) -> Tensor | None:

@@ -32,9 +32,9 @@ def shard(model: Transformer, world: World, compute: torch.dtype) -> None:
     # Of changes in place of what a model returns, which nobody makes.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     if world.tensor > 1:
-        divide(model, world.mesh["tensor"])
+        divide(model, world.mesh["tensor"], world.sequence)
     mesh = world.mesh["replicate", "shard"] if world.mesh.size(0) > 1 else world.mesh["shard"]
-    narrow = compute if compute != torch.float32 else None
+    narrow = compute if compute.itemsize < 4 else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():

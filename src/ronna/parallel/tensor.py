@@ -1,52 +1,168 @@
 """Tensor parallelism (Shoeybi et al. 2019): each rank has some heads and some hidden channels of every block.
 
-One table for every family. What goes into a block and what comes out of it is whole on each rank; inside, attention
-and feed-forward each end in one sum over the ranks, and begin, backwards, with another.
+One table for every family. Attention and feed-forward each end in one sum over the ranks, and begin, backwards, with
+another. Between them each rank keeps all rows of the states, or some of them (sequence parallelism, Korthikanti et al.
+2022), which takes as many bytes on the way and holds less. A rank also has some of the words, in the token table and in
+the head, whose loss needs no more than three numbers of each row of logits from the others.
+
+Legend: R rows, C channels, V vocabulary, n ranks.
 """
 
-import logging
 from collections.abc import Callable
+from typing import Any, Literal
 
-from torch import nn
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
-from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
+from ronna.model.group import Group
 from ronna.model.transformer import Transformer
 
+HEADS = {"q": 0, "k": 0, "v": 0, "out": 1}
+# The dimension of its weight in which a map is divided: its outputs, or its inputs.
+TABLE = {f"{part}.{name}": dim for part in ("attention", "cross") for name, dim in HEADS.items()}
+TABLE |= {"ffn.up": 0, "ffn.gate": 0, "ffn.down": 1}
+PER_HEAD = ("attention.q_norm", "attention.k_norm", "cross.q_norm", "cross.k_norm")
+BETWEEN = ("attention_norm", "cross_norm", "ffn_norm")  # of what is divided by rows, if that is
 
-def by_head() -> ParallelStyle:
-    """Of a norm over the channels of a head: its weights are whole, its input (T, H, D) has this rank's heads."""
-    return SequenceParallel(sequence_dim=1, use_local_output=True)
+# Of torch 2.13, and by their names before.
+gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
-INTO: dict[str, Callable[[], ParallelStyle]] = {"q": ColwiseParallel, "k": ColwiseParallel, "v": ColwiseParallel}
-HEADS = INTO | {"out": RowwiseParallel, "q_norm": by_head, "k_norm": by_head}
-TABLE: dict[str, Callable[[], ParallelStyle]] = {
-    **{f"{part}.{name}": style for part in ("attention", "cross") for name, style in HEADS.items()},
-    "ffn.up": ColwiseParallel,
-    "ffn.gate": ColwiseParallel,
-    "ffn.down": RowwiseParallel,
-}
+Step = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
-def divide(model: Transformer, mesh: DeviceMesh) -> None:
-    """Leave each rank of the mesh (one dimension) its heads and hidden channels. Raises RonnaError where their numbers
-    are no multiples of the ranks."""
-    # Of two sums, where one over ranks of both kinds would do.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+def same(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.view_as(x)
+
+
+def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def even(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """With zeros behind, so that every rank has as many rows."""
+    return F.pad(x, (0, 0, 0, -len(x) % group.size())).contiguous()
+
+
+def part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return even(x, group).chunk(group.size())[group.rank()].contiguous()
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    whole = x.new_empty(len(x) * group.size(), *x.shape[1:])
+    gather(whole, x.contiguous(), group=group)
+    return whole
+
+
+def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = even(x, group)
+    rows = x.new_empty(len(x) // group.size(), *x.shape[1:])
+    reduce_scatter(rows, x, group=group)
+    return rows
+
+
+class Pass(torch.autograd.Function):
+    """One of these on the way forward, another on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Step, back: Step, group: dist.ProcessGroup) -> Tensor:
+        ctx.back, ctx.group, ctx.rows = back, group, len(x)
+        return there(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(gradient, ctx.group)[: ctx.rows], None, None, None
+
+
+class TensorGroup(Group):
+    """rows: whether each rank keeps some of the rows of the states between divided maps."""
+
+    def __init__(self, group: dist.ProcessGroup, rows: bool):
+        self.group, self.rows, self.size = group, rows, group.size()
+
+    def through(self, x: Tensor, there: Step, back: Step) -> Tensor:
+        passed: Tensor = Pass.apply(x, there, back, self.group)
+        return passed
+
+    def split(self, x: Tensor) -> Tensor:
+        return self.through(x, part, gathered) if self.rows else x
+
+    def join(self, x: Tensor) -> Tensor:
+        return self.through(x, gathered, part) if self.rows else x
+
+    def into(self, x: Tensor) -> Tensor:
+        return self.through(x, gathered, scattered) if self.rows else self.through(x, same, total)
+
+    def out(self, y: Tensor) -> Tensor:
+        return self.through(y, scattered, gathered) if self.rows else self.through(y, total, same)
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.through(x, total, same)
+
+    def words(self, logits: Tensor, vocab: int) -> Tensor:
+        most = -(-vocab // self.size)  # the last ranks may have fewer
+        columns = F.pad(logits, (0, most - logits.shape[1])).T
+        return self.through(columns, gathered, part).T[:, :vocab]
+
+    def reduced(self, x: Tensor, how: Literal["sum", "max", "min"]) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, getattr(dist.ReduceOp, how.upper()), group=self.group)
+        return x
+
+    def shared(self, w: Tensor) -> Tensor:
+        return self.through(w, same, total)
+
+
+def divide(model: Transformer, mesh: DeviceMesh, rows: bool) -> None:
+    """Leave each rank of the mesh (one dimension) its heads, hidden channels and words and, with `rows`, its rows of
+    the states between blocks; all have the same model before. Raises RonnaError where numbers are no multiples of the
+    ranks."""
+    group = TensorGroup(mesh.get_group(), rows)
+    model.embedding.group = group
+    place(model.embedding.tokens, "weight", mesh, Shard(0))
+    if model.head is not None:
+        model.head.group = group
+        place(model.head.logits, "weight", mesh, Shard(0))
+        place(model.head.logits, "bias", mesh, Shard(0))
+        model.tie()
     for stack in (model.encoder, model.decoder):
         if stack is None:
             continue
         for cfg in stack.cfg.blocks:
             refuse_uneven(cfg, mesh.size())
+        stack.group = group
         if stack.bias is not None:
-            parallelize_module(stack.bias, mesh, {"table": ColwiseParallel()})  # a column is a head's
+            place(stack.bias.table, "weight", mesh, Shard(1))  # a column is a head's
         for block in stack.blocks:
-            present = {name for name, module in block.named_modules() if not isinstance(module, nn.Identity)}
-            parallelize_module(block, mesh, {name: style() for name, style in TABLE.items() if name in present})
+            divide_block(block, mesh, group)
+
+
+def divide_block(block: nn.Module, mesh: DeviceMesh, group: TensorGroup) -> None:
+    block.group = group  # type: ignore[assignment]
+    for name, module in block.named_modules():
+        if name in TABLE:
+            place(module, "weight", mesh, Shard(TABLE[name]))
+            if TABLE[name] == 0:
+                place(module, "bias", mesh, Shard(0))
+            else:  # each rank adds its share to its part of the sum
+                module.passing = lambda bias: group.shared(bias) / mesh.size()
+        elif name in PER_HEAD or (name in BETWEEN and group.rows):
+            module.passing = group.shared
+
+
+def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    whole = getattr(module, name)
+    if whole is not None:
+        divided = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
+        setattr(module, name, nn.Parameter(divided, requires_grad=whole.requires_grad))
 
 
 def refuse_uneven(block: c.Block, ranks: int) -> None:

@@ -37,6 +37,7 @@ class ParallelConfig(Config):
 
     replicate: int = Field(1, ge=1)  # copies of the model, each in shards on its part of the ranks
     tensor: int = Field(1, ge=1)  # ranks that divide each block's matrices, and compute on the same samples
+    sequence: bool = True  # whether those ranks also divide the rows of the states between blocks
     timeout: float = Field(600.0, gt=0)  # seconds that a rank waits for the others
 
 
@@ -108,6 +109,7 @@ class World:
     rank: int = 0
     size: int = 1
     tensor: int = 1  # consecutive ranks that have the same samples
+    sequence: bool = True  # as ParallelConfig has it
     mesh: DeviceMesh | None = field(default=None, compare=False)
     roll: Roll | None = field(default=None, compare=False)
     here: int = 1  # ranks on this machine
@@ -233,7 +235,9 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
         shape, names = (config.replicate, shards, config.tensor), ("replicate", "shard", "tensor")
         mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
         with roll:
-            yield World(rank, size, config.tensor, mesh, roll, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+            yield World(
+                rank, size, config.tensor, config.sequence, mesh, roll, int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            )
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
             what = f"rank {rank} has lost another one: {str(error).splitlines()[0][:200]}{roll.missing()}"

@@ -17,7 +17,7 @@ WRITTEN_OUT = 512  # columns up to which a CPU computes attention as its formula
 
 @dataclass(frozen=True)
 class Scene:
-    """What a stack's blocks have in common."""
+    """What a stack's blocks have in common. share: ranks that divide the rows of the states between their parts."""
 
     dim: int
     lengths: Lengths
@@ -25,10 +25,15 @@ class Scene:
     causal: bool
     bias: c.RelativeBias | None
     numbers: Numbers
+    share: int = 1
 
     @property
     def rows(self) -> int:
         return self.numbers.rows(self.lengths.total)
+
+    def here(self, rows: int) -> int:
+        """Those of so many that stay on this rank."""
+        return -(-rows // self.share)
 
 
 def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) -> Value:
@@ -178,22 +183,28 @@ def pick(t: Tape, x: Value, rows: int, reads: int, n: Numbers) -> Value:
     return widen(t, picked, reads, n.rows(reads))
 
 
+def passed(t: Tape, x: Value, rows: int, scene: Scene) -> Value:
+    """So many rows of x, from the ranks that divide them or to these."""
+    return x if scene.share == 1 else t.op(x, size=rows * scene.dim * scene.numbers.compute)
+
+
 def attention_half(cfg: c.Block, scene: Scene, reads: int | None, needs: bool) -> tuple[Tape, Value]:
     """A block up to its feed-forward: x (rows, C), with a gradient if it `needs` one, and what it becomes."""
-    t = Tape(scene.rows * scene.dim * scene.numbers.compute, needs)
+    t = Tape(scene.here(scene.rows) * scene.dim * scene.numbers.compute, needs)
     first = None if cfg.skip_first_norm else cfg.norm
     x = residual(t, t.start, cfg, first, scene, reads, lambda h: attention(t, h, cfg.attention, scene, reads))
     if (other := cfg.cross) is not None:
-        x = residual(t, x, cfg, cfg.norm, scene, None, lambda h: cross(t, h, other, scene, reads))
+        rows = scene.rows if reads is None else scene.numbers.rows(reads)
+        x = residual(t, x, cfg, cfg.norm, scene, None, lambda h: cross(t, h, other, scene, reads), rows)
     return t, x
 
 
 def feed_half(cfg: c.Block, scene: Scene, reads: int | None, needs: bool) -> tuple[Tape, Value]:
     n = scene.numbers
     rows = scene.rows if reads is None else n.rows(reads)
-    t = Tape(rows * scene.dim * n.compute, needs)
+    t = Tape(scene.here(rows) * scene.dim * n.compute, needs)
     return t, residual(
-        t, t.start, cfg, cfg.norm, scene, None, lambda h: feed_forward(t, h, cfg.ffn, rows, scene.dim, n)
+        t, t.start, cfg, cfg.norm, scene, None, lambda h: feed_forward(t, h, cfg.ffn, rows, scene.dim, n), rows
     )
 
 
@@ -205,13 +216,19 @@ def residual(
     scene: Scene,
     reads: int | None,
     layer: Callable[[Value], Value],
+    whole: int | None = None,
 ) -> Value:
-    """x and what a layer makes of it, at the positions that it picks if some are read."""
+    """x and what a layer makes of it, at the positions that it picks if some are read. whole: rows of the ranks that
+    divide them (None: all there are)."""
     n, dim = scene.numbers, scene.dim
-    rows = x.size // (dim * n.compute)
+    rows, whole = x.size // (dim * n.compute), scene.rows if whole is None else whole
     pre = cfg.norm_at == "pre"
-    y = dropout(t, layer(norm(t, x, by, rows, dim, n) if pre else x), cfg.dropout, n)
-    total = t.op(y, x if reads is None else pick(t, x, rows, reads, n), through=True)
+    y = layer(passed(t, norm(t, x, by, rows, dim, n) if pre else x, whole, scene))
+    y = dropout(t, passed(t, y, scene.here(y.size // (dim * n.compute)), scene), cfg.dropout, n)
+    if reads is not None:
+        x = pick(t, passed(t, x, whole, scene), whole, reads, n)
+        x = passed(t, x, scene.here(n.rows(reads)), scene)
+    total = t.op(y, x, through=True)
     if pre:
         return total
     out = norm(t, total, by, total.size // (dim * n.compute), dim, n)

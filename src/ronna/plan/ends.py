@@ -16,7 +16,7 @@ CHUNKS = 8  # after so many they find the holes of those before
 
 
 def embedding(
-    model: c.Model, stack: c.Stack, lengths: Lengths, n: Numbers, table: int, there: bool
+    model: c.Model, stack: c.Stack, lengths: Lengths, n: Numbers, table: int, there: bool, share: int = 1
 ) -> tuple[Tape, Value]:
     """Vectors of tokens up to a stack's first block; `table` bytes are those of a dense gradient of the token table,
     which is new or, if one is `there` already, goes once it has been added to that."""
@@ -40,14 +40,18 @@ def embedding(
         x = t.op(x, size=tokens * dim * n.compute)
     x = dropout(t, x, stack.dropout, n)
     rows = n.rows(tokens)
-    return t, x if rows == tokens else t.op(x, size=rows * dim * n.compute)
+    x = x if rows == tokens else t.op(x, size=rows * dim * n.compute)
+    return t, x if share == 1 else t.op(x, size=-(-rows // share) * dim * n.compute)
 
 
-def ending(stack: c.Stack, dim: int, rows: int, read: int, needs: bool, n: Numbers) -> tuple[Tape, Value]:
-    """A stack's last norm, of the first `read` of so many rows."""
-    t = Tape(rows * dim * n.compute, needs)
+def ending(
+    stack: c.Stack, dim: int, rows: int, read: int, needs: bool, n: Numbers, share: int = 1
+) -> tuple[Tape, Value]:
+    """A stack's last norm, of the first `read` of so many rows, which `share` ranks divide."""
+    t = Tape(-(-rows // share) * dim * n.compute, needs)
     size = read * dim * n.compute
-    x = t.start if rows == read else t.op(t.start, size=size, view=True, grads=[t.start.size])
+    x = t.start if share == 1 else t.op(t.start, size=rows * dim * n.compute)
+    x = x if rows == read else t.op(x, size=size, view=True, grads=[x.size])
     x = norm(t, x, stack.final_norm, read, dim, n)
     return t, dropout(t, x, stack.dropout, n)
 

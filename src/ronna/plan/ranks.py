@@ -1,7 +1,7 @@
 """How several devices share a training step: what each of them holds, and what they send to each other.
 
 As `ronna.parallel` has it: blocks are gathered on every rank for as long as they compute, what stands around them for
-the whole micro-batch; heads and hidden channels are divided within a tensor group.
+the whole micro-batch; heads, hidden channels, words and rows are divided within a tensor group.
 
 Legend: T tokens of a micro-batch, C channels, S shards.
 """
@@ -18,15 +18,22 @@ MASTER, PASSED = 4, 4  # bytes of a weight that the optimizer has, and of a grad
 
 @dataclass(frozen=True)
 class Ranks:
-    """Copies of the model, the shards of each, and the ranks that divide the blocks of each shard."""
+    """Copies of the model, the shards of each, and the ranks that divide the blocks of each shard and, with `sequence`,
+    the rows of the states between them."""
 
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
+    sequence: bool = True
 
     @property
     def size(self) -> int:
         return self.replicate * self.shard * self.tensor
+
+    @property
+    def rows(self) -> int:
+        """Ranks that divide the rows of the states between blocks."""
+        return self.tensor if self.sequence else 1
 
     @property
     def parts(self) -> int:
@@ -81,7 +88,8 @@ def divided(model: c.Model, ranks: Ranks) -> c.Model:
 
     stacks = (one and replace(one, blocks=tuple(part(b) for b in one.blocks)) for one in (model.encoder, model.decoder))
     encoder, decoder = stacks
-    return replace(model, encoder=encoder, decoder=decoder)
+    words = replace(model.embedding, vocab=-(-model.embedding.vocab // n))
+    return replace(model, embedding=words, encoder=encoder, decoder=decoder)
 
 
 def share(w: Weight, shards: int) -> Weight:
@@ -123,5 +131,6 @@ def sent(model: c.Model, ranks: Ranks, activation: int, gathered: int, learning:
     as it computes. learning: weights that learn. again: halves of blocks that are computed again."""
     inside = sum(block_sizes(model)) * gathered if ranks.shard > 1 else 0
     rest = around(model) * MASTER if ranks.shard > 1 else 0
-    sums = sum(2 + (one.cross is not None) for one in blocks(model)) * 2 + again if ranks.tensor > 1 else 0
+    # Of every part of a block both ways, of the vectors of tokens, and of the gradient that the words' loss gives.
+    sums = sum(2 + (one.cross is not None) for one in blocks(model)) * 2 + 2 + again if ranks.tensor > 1 else 0
     return Sent(inside + rest, inside, learning * PASSED, activation * sums, sums)

@@ -99,7 +99,6 @@ class Numbers:
     """Bytes of an activation and of a weight, and what learns: all, or an adapter and the classifier alone.
 
     four_bit: the linear maps of blocks are made out of 4 bits whenever they are read. away: activations wait elsewhere.
-    apart: maps of one input are never joined, as they lie in parts on several ranks.
     """
 
     compute: int
@@ -108,7 +107,6 @@ class Numbers:
     adapter: Adapter | None = None
     four_bit: bool = False
     away: bool = False
-    apart: bool = False
 
     @property
     def learns(self) -> bool:

@@ -57,8 +57,8 @@ class Step:
         """An adapter's base is held in the precision of the computation."""
         width = self.compute if self.adapter else self.weights
         away, four_bit = "activations" in self.offload, self.quantize is not None
-        cuda, apart = self.device == "cuda", self.ranks.tensor > 1
-        return Numbers(BYTES[self.compute], BYTES[width], cuda, self.adapter, four_bit, away, apart)
+        cuda = self.device == "cuda"
+        return Numbers(BYTES[self.compute], BYTES[width], cuda, self.adapter, four_bit, away)
 
     @property
     def inside(self) -> Numbers:
@@ -160,14 +160,14 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
             continue
         last = stack is model.last
         reads = read_positions(model, step) if last else None
-        t, x = ends.embedding(model, stack, lengths, n, dense, there)
+        t, x = ends.embedding(model, stack, lengths, n, dense, there, step.ranks.rows)
         by_rows = lengths.total * model.dim * n.weight if table.sparse else 0
         profile = t.profile(x, keep_leaves=keep, away=n.away)
         added = dense if there else 0
         yield Stretch(f"{name}'s embedding", profile, rows=by_rows, added=added, parts=((t, (x,)),))
         there = True
         cross = step.source if last else None
-        scene = Scene(model.dim, lengths, cross, stack.causal, stack.relative_bias, step.inside)
+        scene = Scene(model.dim, lengths, cross, stack.causal, stack.relative_bias, step.inside, step.ranks.rows)
         for i, (a, b, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
             where = f"{name} block {i}"
             if number < step.blocks:
@@ -180,7 +180,7 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
             number += 1
         rows = scene.rows if reads is None else n.rows(reads)
         read = lengths.total if reads is None else reads
-        t, x = ends.ending(stack, model.dim, rows, read, True, n)
+        t, x = ends.ending(stack, model.dim, rows, read, True, n, step.ranks.rows)
         if last:
             outs = ends.heads(t, x, model, read, step.lengths.sequences, reads is None, step.predicted, n)
             yield Stretch("heads", t.profile(*outs, keep_leaves=keep, away=n.away), parts=((t, tuple(outs)),))

@@ -187,7 +187,7 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
         reads = read_positions(model, step) if last else None
         done.add(embedding(model, stack, lengths, n, table.sparse))
         source = step.source if last else None
-        part = Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside)
+        part = Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside, step.ranks.rows)
         for one, two in of_blocks(stack, part, reads):
             repeated = (one, two) if number < step.blocks else (two,) if number < step.blocks + step.feeds else ()
             for half in repeated:

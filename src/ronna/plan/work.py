@@ -89,7 +89,7 @@ def merged(
     w: Work, rows: int, inputs: int, outputs: list[tuple[str, int]], bias: bool, n: Numbers, needs: bool
 ) -> None:
     """Several maps of one input, as one product of joined weights where there are rows enough."""
-    if rows < MERGED or inputs * sum(o for _, o in outputs) > TOGETHER or n.four_bit or n.apart:
+    if rows < MERGED or inputs * sum(o for _, o in outputs) > TOGETHER or n.four_bit:
         for path, o in outputs:
             linear(w, rows, (inputs, o), bias, n, path, needs)
         return
@@ -229,6 +229,7 @@ def feed_forward(w: Work, p: Scene, cfg: c.FeedForward, rows: int, needs: bool) 
 
 def residual(w: Work, p: Scene, cfg: c.Block, normed: bool, rows: int) -> None:
     """What stands around a layer: norm, dropout, the sum."""
+    rows = p.here(rows)
     if normed:
         norm(w, cfg.norm, rows * p.dim)
     dropout(w, cfg.dropout, rows * p.dim)
