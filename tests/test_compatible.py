@@ -36,9 +36,13 @@ def tuned(**more):
         (tuned(task={"kind": "dpo"}), ("task.kind", "the task dpo")),
         (tuned(search={"trials": 2}), ("search", "a search")),
         (tuned(peft={"kind": "adalora"}), ("peft.kind", "adalora")),
-        (
-            tuned(peft={"kind": "lora"}, parallel={"tensor": 2}),
-            ("parallel.tensor", "an adapter on divided matrices"),
+        (tuned(peft={"kind": "lora"}, parallel={"tensor": 2}), None),
+        *(
+            (
+                tuned(peft=other, parallel={"tensor": 2}),
+                ("parallel.tensor", "an adapter of this kind on divided matrices"),
+            )
+            for other in ({"kind": "houlsby"}, {"kind": "bitfit"}, {"kind": "lora", "dora": True})
         ),
     ],
 )

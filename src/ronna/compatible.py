@@ -1,6 +1,7 @@
 """What a run may not ask for together."""
 
 from ronna.base.errors import RonnaError
+from ronna.peft.lora import LoraConfig
 from ronna.runfile import FinetuneRun, PretrainRun
 
 
@@ -33,13 +34,14 @@ def obstacles(run: PretrainRun | FinetuneRun) -> list[tuple[str, str]]:
         ("optim.kind", f"the optimizer {run.optim.kind}", run.optim.kind not in SHARED),
     ]
     if isinstance(run, FinetuneRun):
-        divided = run.peft is not None and run.parallel.tensor > 1
+        plain = isinstance(run.peft, LoraConfig) and not run.peft.dora
+        divided = run.peft is not None and not plain and run.parallel.tensor > 1
         found += [
             ("model.quantize", "a base in 4 bits", run.model.quantize is not None),
             ("task.kind", f"the task {run.task.kind}", run.task.kind in ("embed", "dpo")),
             ("search", "a search", run.search is not None),
             ("peft.kind", "adalora", run.peft is not None and run.peft.kind == "adalora"),
-            ("parallel.tensor", "an adapter on divided matrices", divided),
+            ("parallel.tensor", "an adapter of this kind on divided matrices", divided),
         ]
     return [(where, what) for where, what, asked in found if asked]
 

@@ -171,7 +171,7 @@ def case_gradients() -> list[dict]:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         with joined(ParallelConfig(**degrees), "cpu") as world:
             cases = [(name, "words") for name in FAMILIES] + [("bert-tiny", "classes")]
-            cases += [("llama-tiny", "lora"), ("bert-tiny", "lora")] if world.tensor == 1 else []
+            cases += [("llama-tiny", "lora"), ("bert-tiny", "lora")]
             for precision in (torch.float32, torch.float64):
                 found.append({f"{name} {kind}": compared(name, kind, world, precision) for name, kind in cases})
             if degrees == {} and world.size == 2:

@@ -54,13 +54,13 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path)
                 assert narrow["far"] < 0.02, narrow
                 assert narrow["gathered"] == ["torch.bfloat16"] and narrow["added up"] == ["torch.float32"]
             assert (narrow is not None) == (how == {} and not double)
-            assert len(cases) == (7 if "tensor" in how else 9)
+            assert len(cases) == 9
             for name, case in cases.items():
                 bound = 1e-10 if double else 1e-6
                 assert case["loss"] < 1e-6 and case["norm"] < 1e-6, (how, name, case)  # which are added up in single
                 assert case["logits"] < bound and case["clipped"] < bound, (how, name, case)
-                # One process is as far from the exact gradient, by rounding alone.
-                assert case["gradient"] < max(bound, 0 if double else 2 * case["alone"]), (how, name, case)
+                # In single one process is off by as much, by rounding alone: what is exact shows in double.
+                assert case["gradient"] < max(bound, 0 if double else 4 * case["alone"]), (how, name, case)
                 assert case["same"], (how, name, case)
                 shards = ranks // how.get("replicate", 1) // how.get("tensor", 1)
                 least, most = (0.48, 0.8) if "tensor" in how else (0.98, 1.02)

@@ -44,6 +44,11 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else at_hand(self.bias, self.passing).to(input.dtype)
         return self.changed(input, F.linear(input, local(self.weight).to(input.dtype), bias))
 
+    @property
+    def companions(self) -> list[nn.Module]:
+        """What adapts its weight, and is divided as that is."""
+        return []
+
     def changed(self, input: Tensor, output: Tensor) -> Tensor:
         """What an adapter makes of the output: `peft` gives the class of a module another meaning of this."""
         return output

@@ -21,6 +21,7 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
 from ronna.model.group import Group
+from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
 
 HEADS = {"q": 0, "k": 0, "v": 0, "out": 1}
@@ -154,8 +155,18 @@ def divide_block(block: nn.Module, mesh: DeviceMesh, group: TensorGroup) -> None
                 place(module, "bias", mesh, Shard(0))
             else:  # each rank adds its share to its part of the sum
                 module.passing = lambda bias: group.shared(bias) / mesh.size()
+            assert isinstance(module, Linear)
+            for change in module.companions:
+                divide_change(change, TABLE[name], mesh, group)
         elif name in PER_HEAD or (name in BETWEEN and group.rows):
             module.passing = group.shared
+
+
+def divide_change(change: Any, dim: int, mesh: DeviceMesh, group: TensorGroup) -> None:
+    """Of a LoRA b goes with the outputs and a with the inputs of its map; each rank has the other whole."""
+    divided, other = ("b", "a") if dim == 0 else ("a", "b")
+    place(change, divided, mesh, Shard(dim))
+    change.passing = {other: group.shared}
 
 
 def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:

@@ -44,6 +44,10 @@ class Changed(nn.Module):
 class ChangedLinear(Linear, Changed):
     kept: Tensor | None = None  # the weight before a merge
 
+    @property
+    def companions(self) -> list[nn.Module]:
+        return list(self.changes.values())
+
     def changed(self, input: Tensor, output: Tensor) -> Tensor:
         for name in self.active:
             output = self.changes[name](self, input, output)

@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021), rank-stabilised (Kalajdzievski 2023) and weight-decomposed (Liu et al. 2024, DoRA)."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ronna.base.config import Config
 from ronna.model.init import generator
-from ronna.model.layers import Linear, dropout
+from ronna.model.layers import Linear, at_hand, dropout
 from ronna.model.transformer import Transformer
 from ronna.peft.changes import Change, attach_change, targeted
 
@@ -38,16 +39,21 @@ class LowRank(Change):
     def __init__(self, base: Linear, rank: int, scale: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
         self.scale, self.dropout = scale, dropout
+        self.passing: dict[str, Callable[[Tensor], Tensor]] = {}  # as that of a linear map, by name
         self.a = nn.Parameter(torch.empty(rank, base.in_features))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
         self.magnitude: nn.Parameter | None = None
         if dora:
             self.magnitude = nn.Parameter(lengths(base.weight.detach().float()))
 
+    def here(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        return at_hand(weight, self.passing.get(name))
+
     def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
-        h = F.linear(dropout(x, self.dropout, self.training), self.a.to(x.dtype))
+        h = F.linear(dropout(x, self.dropout, self.training), self.here("a").to(x.dtype))
         if self.magnitude is None:
-            return torch.addmm(y, h, (self.b * self.scale).to(x.dtype).T)
+            return torch.addmm(y, h, (self.here("b") * self.scale).to(x.dtype).T)
         # The length of a row is a constant for the gradient, as the paper's section 4.3 has it.
         stretch = self.magnitude / lengths(self.weight(base)).detach()
         bare = y if base.bias is None else y - base.bias.to(y.dtype)
