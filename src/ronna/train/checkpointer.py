@@ -71,7 +71,8 @@ class Checkpointer:
         except RonnaError as failure:
             self._failed(failure)
             return
-        if not self._world.main:
+        if not self._world.main:  # rank 0 alone knows what becomes of it
+            self._failure = None
             return
         job = partial(settle_checkpoint, staging, hashes=self._hashes, keep=self._keep, protect=frozenset(protect))
         self._pending = self._pool.submit(job)
