@@ -2,6 +2,7 @@
 
 from ronna.base.errors import RonnaError
 from ronna.peft.lora import LoraConfig
+from ronna.plan.ranks import STEP_IN_PARTS
 from ronna.runfile import FinetuneRun, PretrainRun
 
 
@@ -19,9 +20,6 @@ def refuse_apart(run: PretrainRun | FinetuneRun) -> None:
         raise RonnaError(what, where="train.fused_backward", fix="leave out train.micro_batch, or fused_backward")
 
 
-SHARED = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as they step whole ones
-
-
 def obstacles(run: PretrainRun | FinetuneRun) -> list[tuple[str, str]]:
     """What of a run does not work on several ranks yet: the key, and what it asks for."""
     config = run.train
@@ -31,7 +29,7 @@ def obstacles(run: PretrainRun | FinetuneRun) -> list[tuple[str, str]]:
         ("train.offload", "offloading", bool(config.offload)),
         ("train.weights", "weights held in bf16", config.weights == "bf16"),
         ("train.fused_backward", "the optimizer inside the backward pass", config.fused_backward),
-        ("optim.kind", f"the optimizer {run.optim.kind}", run.optim.kind not in SHARED),
+        ("optim.kind", f"the optimizer {run.optim.kind}", run.optim.kind not in STEP_IN_PARTS),
     ]
     if isinstance(run, FinetuneRun):
         plain = isinstance(run.peft, LoraConfig) and not run.peft.dora

@@ -104,7 +104,8 @@ def test_several_devices_in_several_ways() -> None:
     answer = ask(**question, hardware="16xa100-80gb")
     ranks = [p["ranks"] for p in answer["plans"]]
     assert all(r["replicate"] * r["shard"] * r["tensor"] == 16 for r in ranks) and len(ranks) > 4
-    assert answer["plans"][0]["ranks"]["tensor"] == 1
+    seconds = [p["step_seconds"] for p in answer["plans"] if p["fits"]]
+    assert seconds == sorted(seconds) and len(seconds) == len(ranks)
     assert all(0 <= p["waiting"] < 1 for p in answer["plans"])
     slow = ask(**question, hardware="16xa100-80gb", network=1.0)["plans"][0]
     assert slow["tokens_per_second"] < answer["plans"][0]["tokens_per_second"]
@@ -130,6 +131,10 @@ def test_the_run_file_of_several_devices(tmp_path: Path, capsys: pytest.CaptureF
     assert run.train.batch == 8
     assert run.parallel.replicate == best["ranks"]["replicate"] and run.parallel.tensor == best["ranks"]["tensor"]
     ask(model=str(path), hardware="4xa100-80gb")  # which can be asked about again
+    ask(model="llama-1b", hardware="16xa100-80gb", machine=4, batch=16, write=str(path), data="shards")
+    assert "torchrun with 4 processes on each of 4 machines" in capsys.readouterr().err
+    path.write_text(path.read_text().replace('weights = "fp32"', 'weights = "bf16"'))
+    assert "weights held in bf16" in refused(model=str(path), hardware="4xa100-80gb")
 
 
 def test_exact_and_optimizers() -> None:
@@ -173,6 +178,8 @@ def test_precision_vocabulary_and_rank() -> None:
         ({"model": "gpt2", "hardware": "2xh200", "optim": "muon"}, ["muon", "several devices"]),
         ({"model": "llama-3-8b", "hardware": "2xh200", "peft": "lora", "quantize": "nf4"}, ["4 bits", "one device"]),
         ({"model": "gpt2", "hardware": "64xh200", "batch": 2}, ["2 sequences", "64 devices", "at least"]),
+        ({"model": "bert-base", "hardware": "2xh200", "task": "embed"}, ["embed", "several devices"]),
+        ({"model": "bert-base", "hardware": "2xh200", "peft": "adalora"}, ["adalora", "several devices"]),
         ({"model": "gpt2", "hardware": "2xh200", "machine": 0}, ["machine"]),
         ({"model": "gpt2", "hardware": "2xh200", "network": -1}, ["network"]),
         ({"model": "./x", "largest": True}, ["family"]),

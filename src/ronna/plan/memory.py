@@ -21,15 +21,8 @@ __all__ = ["Memory", "Step", "estimate"]
 BITS = {"nf4": 4.5, "nf4_double": 4.127}  # a weight, scales included
 CUDA_WORKSPACE = 32 * 2**20  # of matrix products on recent cards
 BITSANDBYTES = 43 * 2**20  # what a process grows by that loads it
-PASSING = (
-    "gathered",
-    "gradients",
-    "activations",
-    "ends",
-    "casts",
-    "loss",
-    "holes",
-)  # what is not there between two steps
+# What is not there between two steps.
+PASSING = ("gathered", "gradients", "activations", "ends", "casts", "loss", "holes")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ronna.model import config as c
 from ronna.plan.weights import Weight, block, weights
 
+STEP_IN_PARTS = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as they step whole ones
 MASTER, PASSED = 4, 4  # bytes of a weight that the optimizer has, and of a gradient that ranks add up
 
 

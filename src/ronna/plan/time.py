@@ -14,7 +14,7 @@ from ronna.model import config as c
 from ronna.plan.ends import CHUNK_ELEMENTS
 from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
-from ronna.plan.ranks import divided, sent, share
+from ronna.plan.ranks import blocks, divided, sent, share
 from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
 from ronna.plan.stretches import Step, Table, read_positions
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
@@ -238,11 +238,10 @@ def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, fl
     ranks, machine = step.ranks, device.machine
     if ranks.size == 1:
         return 0.0
-    grown = [w for w in (weights(model) if step.adapter is None else adapted(model, step.adapter))]
+    grown = sum(w.size for w in (weights(model) if step.adapter is None else adapted(model, step.adapter)))
     tokens = step.lengths.total + (step.source.total if step.source else 0)
-    width = step.numbers.compute
-    again = min(2 * step.blocks + step.feeds, 2 * sum(len(s.blocks) for s in (model.encoder, model.decoder) if s))
-    it = sent(model, ranks, tokens * model.dim * width, width, sum(w.size for w in grown), again)
+    width, count = step.numbers.compute, len(blocks(model))
+    it = sent(model, ranks, tokens * model.dim * width, width, grown, 2 * step.blocks + step.feeds)
     together = max(1, machine // ranks.tensor)  # of a group of shards, on one machine
     copies = max(1, machine // (ranks.tensor * ranks.shard))
 
@@ -250,11 +249,10 @@ def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, fl
         rate = device.link if members <= here else min(device.link, device.network * here)
         return size * (members - 1) / members / rate + times * (members - 1) * HOP
 
-    blocks = sum(len(stack.blocks) for stack in (model.encoder, model.decoder) if stack)
-    forward = ring(it.forward, ranks.shard, together, blocks + 1)
-    backward = ring(it.backward, ranks.shard, together, blocks)
-    backward += ring(it.gradients, ranks.shard, together, blocks + 1)
-    backward += 2 * ring(it.gradients / ranks.shard, ranks.replicate, copies, blocks + 1)
+    forward = ring(it.forward, ranks.shard, together, count + 1)
+    backward = ring(it.backward, ranks.shard, together, count)
+    backward += ring(it.gradients, ranks.shard, together, count + 1)
+    backward += 2 * ring(it.gradients / ranks.shard, ranks.replicate, copies, count + 1)
     divided_blocks = 2 * ring(it.activations, ranks.tensor, machine, it.sums)
     if device.kind == "cuda":
         each = 1 / step.micro_batches

@@ -16,11 +16,10 @@ from ronna.base.track import say
 from ronna.model import config as c
 from ronna.model.families import PRESETS, preset
 from ronna.plan.hardware import CARDS, GB, Device, device, gib, parse_bytes
-from ronna.plan.ranks import layouts
+from ronna.plan.ranks import STEP_IN_PARTS, layouts
 from ronna.plan.scaling import expected_loss, largest, proportions
 from ronna.plan.search import Plan, Work, micro_of, search, some_way_fits
 from ronna.plan.shapes import Dtype
-from ronna.plan.stretches import Step
 from ronna.plan.time import step_time
 from ronna.verbs.answer import Answer, show
 
@@ -30,22 +29,7 @@ if TYPE_CHECKING:
 SHARE = 0.98  # of the memory that may be planned with
 SIZES = 40  # to compare where time decides
 TRIALS, CLOSE, CAREFUL = 5, 0.03, 1.1  # of a plan; what may be left of the room; what one took that had too little
-SHARED = ("adamw", "adam", "sgd")  # optimizers, as in ronna.compatible
-OF_A_RUN = {
-    "machine",
-    "network",
-    "model",
-    "hardware",
-    "memory",
-    "precision",
-    "exact",
-    "probe",
-    "price",
-    "tokens",
-    "hours",
-    "write",
-    "verb",
-}
+OF_A_RUN = set("verb model hardware memory machine network precision exact probe price tokens hours write".split())
 
 
 @dataclass(frozen=True)
@@ -71,6 +55,8 @@ def plan(question: PlanRun) -> dict[str, Any]:
     """Raises RonnaError where the question makes no sense or nothing fits."""
     devices, where = hardware(question)
     subject = Subject(question, devices, where, precision(question, where))
+    if devices > 1:
+        refuse_alone(question)
     if subject.room <= 0:
         what = f"{gib(where.memory)} is less than a process takes before it has a model, {gib(where.taken)}"
         raise RonnaError(what, where="memory", fix="give more memory")
@@ -145,6 +131,7 @@ def of_named(subject: Subject) -> Answer:
 
 def of_run(subject: Subject) -> "tuple[Answer, AnyRun]":
     """Of a run file, as if all its data were as long as it allows."""
+    from ronna.compatible import refuse_shared
     from ronna.planned import expected, read_run, work_of
 
     question = subject.question
@@ -152,6 +139,8 @@ def of_run(subject: Subject) -> "tuple[Answer, AnyRun]":
         fix = "change the run file, or leave them out"
         raise RonnaError(f"the run file says {', '.join(others)} itself", where=question.model, fix=fix)
     run, family, cfg = read_run(question.model)
+    if subject.devices > 1:
+        refuse_shared(run)
     model, shape = expected(run, family, cfg)
     work = work_of(run, model, shape, kind=subject.device.kind, compute=subject.compute, exact=question.exact)
     task = run.task.kind if run.verb == "finetune" else run.objective.kind
@@ -206,7 +195,6 @@ def shared(subject: Subject, work: Work) -> Iterator[Work]:
     if subject.devices == 1:
         yield work
         return
-    refuse_alone(work.step)
     whole = work.step.adapter is None
     found = list(layouts(work.model, subject.devices, subject.device.machine, work.batch, whole))
     if not found:
@@ -219,18 +207,16 @@ def shared(subject: Subject, work: Work) -> Iterator[Work]:
         yield replace(work, batch=batch, step=step, micro=micro)
 
 
-def refuse_alone(step: Step) -> None:
-    """RonnaError for what works on one device alone, as `ronna.compatible` has it."""
-    asked = {
-        "optim": ("the optimizer", step.optimizer.kind, step.optimizer.kind not in SHARED),
-        "quantize": ("a base in 4 bits", "", step.quantize is not None),
-        "train.weights": ("weights held in bf16", "", step.weights == "bf16"),
-        "train.fused_backward": ("the optimizer inside the backward pass", "", step.fused_backward),
-        "train.offload": ("offloading", "", bool(step.offload)),
-    }
-    for where, (what, kind, there) in asked.items():
+def refuse_alone(question: PlanRun) -> None:
+    """RonnaError for what works on one device alone; `ronna.compatible` has the same of runs."""
+    asked = [
+        ("optim", f"the optimizer {question.optim}", question.optim not in STEP_IN_PARTS),
+        ("quantize", "a base in 4 bits", question.quantize is not None),
+        ("task", f"the task {question.task}", question.task in ("embed", "dpo")),
+        ("peft", "adalora", question.peft == "adalora"),
+    ]
+    for where, what, there in asked:
         if there:
-            what = f"{what} {kind}".strip()
             raise RonnaError(f"{what} does not work on several devices yet", where=where, fix="ask for one device")
 
 
@@ -309,5 +295,9 @@ def write(question: PlanRun, run: "AnyRun | None", answer: Answer, best: Plan) -
         path.write_text(dump_toml(planned), encoding="utf-8")
     except OSError as error:
         raise RonnaError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from None
-    several = f" --nproc {answer.device.machine}" if answer.devices > 1 else ""
+    machine, several = answer.device.machine, ""
+    if answer.devices > machine:
+        several = f", by torchrun with {machine} processes on each of {answer.devices // machine} machines"
+    elif answer.devices > 1:
+        several = f" --nproc {answer.devices}"
     say(f"written: ronna {planned.verb} {path}{several}")
