@@ -116,7 +116,7 @@ def far(found: dict, wanted: dict) -> float:
 
 def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict[str, float]:
     """Two micro-batches a rank, the second of the last rank only there to stand in. The model of one process computes
-    in double precision; `alone` is how far it is off in single."""
+    in double precision; `alone` is how far it is off in single, `single` how far the ranks are from that."""
     one, many, single = model_of(name, kind).double(), model_of(name, kind).to(precision), model_of(name, kind)
     one.compute, many.compute, cfg = torch.float64, precision, one.cfg
     parts = world.size // world.tensor
@@ -138,13 +138,15 @@ def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict
     assert found.keys() == wanted.keys() and totals.counts == expected.counts
     assert all(p.requires_grad == (n in found) for n, p in many.named_parameters())
     largest = max(float(p.grad.abs().max()) for p in wanted.values())
-    worst, alone = far(found, wanted), far(dict(single.named_parameters()), wanted)
+    rounded = {n: p for n, p in single.named_parameters() if p.grad is not None}
+    worst, alone, apart_from_it = far(found, wanted), far(rounded, wanted), far(found, rounded)
     norms = [float(clip_gradients(list(m.parameters()), largest)) for m in (one, many)]
     clipped = max(float((whole(found[n].grad) - p.grad).abs().max()) for n, p in wanted.items()) / largest
     held = sum(local(p).numel() for p in many.parameters()) / sum(p.numel() for p in one.parameters())
     with gathered(many.state_dict(), world) as state:
         same = state is None or all(torch.equal(state[n].float(), t.float()) for n, t in one.state_dict().items())
-    return {"loss": loss, "logits": apart, "gradient": worst, "alone": alone, "norm": abs(norms[1] / norms[0] - 1),
+    return {"loss": loss, "logits": apart, "gradient": worst, "alone": alone, "single": apart_from_it,
+            "norm": abs(norms[1] / norms[0] - 1),
             "clipped": clipped, "held": held, "same": same}  # fmt: skip
 
 
