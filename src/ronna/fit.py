@@ -121,7 +121,8 @@ def fitted(
 
 
 def ranks_of(world: World) -> Ranks:
-    return Ranks(world.copies, world.size // world.copies // world.tensor, world.tensor, world.sequence)
+    shards = world.size // world.copies // world.together
+    return Ranks(world.copies, shards, world.tensor, world.sequence, world.context)
 
 
 def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Work:

@@ -223,7 +223,8 @@ def with_plan(run: AnyRun, plan: Plan, work: Work) -> AnyRun:
         train["recompute"] = {"blocks": step.blocks, "feeds": step.feeds}
     train |= {"weights": step.weights, "fused_backward": step.fused_backward, "offload": list(step.offload)}
     if ranks.size > 1:
-        tree["parallel"] = {**tree.get("parallel", {}), "replicate": ranks.replicate, "tensor": ranks.tensor}
+        degrees = {"replicate": ranks.replicate, "context": ranks.context, "tensor": ranks.tensor}
+        tree["parallel"] = {**tree.get("parallel", {}), **degrees}
     if not step.clip:
         train["clip"] = 0.0
     if step.optimizer != asked.optimizer:

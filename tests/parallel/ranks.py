@@ -28,14 +28,24 @@ from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, predicted_states
 from ronna.parallel.sharded import gathered, shard
 from ronna.parallel.world import ParallelConfig, RankLost, World, joined
+from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import adapt
+from ronna.peft.prefix import PrefixConfig
+from ronna.peft.prompt import PromptConfig
 from ronna.run import Interrupted, execute
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.train.loop import Run, gradients
 from ronna.train.optim import clip_gradients
 
 FAMILIES = ("bert-tiny", "gpt2-tiny", "llama-tiny", "qwen3-0.6b", "modernbert-tiny", "t5-tiny")
+
+ADAPTERS = {
+    "lora": LoraConfig(rank=2),
+    "houlsby": HoulsbyConfig(size=4),
+    "prefix": PrefixConfig(tokens=3),
+    "prompt": PromptConfig(tokens=3),
+}
 
 
 class Words:
@@ -87,8 +97,8 @@ def model_of(name: str, kind: str) -> Transformer:
     noise = torch.Generator().manual_seed(2)
     for parameter in model.parameters():  # zeros and ones hide much
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
-    if kind == "lora":
-        adapt(model, LoraConfig(rank=2), seed=3)
+    if kind in ADAPTERS:
+        adapt(model, ADAPTERS[kind], seed=3)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
@@ -119,7 +129,7 @@ def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict
     in double precision; `alone` is how far it is off in single, `single` how far the ranks are from that."""
     one, many, single = model_of(name, kind).double(), model_of(name, kind).to(precision), model_of(name, kind)
     one.compute, many.compute, cfg = torch.float64, precision, one.cfg
-    parts = world.size // world.tensor
+    parts = world.size // world.together
     numbers = list(range(2 * parts - 1))
     everything = [batch(number, cfg) for number in numbers]
     mine = [batch(number, cfg) for number in numbers[world.part :: parts]]
@@ -174,6 +184,8 @@ def case_gradients() -> list[dict]:
         with joined(ParallelConfig(**degrees), "cpu") as world:
             cases = [(name, "words") for name in FAMILIES] + [("bert-tiny", "classes")]
             cases += [("llama-tiny", "lora"), ("bert-tiny", "lora")]
+            if "context" in degrees and world.size == 2:
+                cases += [("bert-tiny", "houlsby"), ("llama-tiny", "prefix"), ("llama-tiny", "prompt")]
             for precision in (torch.float32, torch.float64):
                 found.append({f"{name} {kind}": compared(name, kind, world, precision) for name, kind in cases})
             if degrees == {} and world.size == 2:

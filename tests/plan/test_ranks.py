@@ -8,7 +8,7 @@ from ronna.model import config as c
 from ronna.model.families import preset
 from ronna.plan.hardware import device
 from ronna.plan.memory import estimate
-from ronna.plan.ranks import ALONE, Ranks, around, block_sizes, divided, divides, layouts, share
+from ronna.plan.ranks import ALONE, Ranks, apart, around, block_sizes, divided, divides, layouts, sent, share
 from ronna.plan.shapes import Adapter, Lengths
 from ronna.plan.stretches import Step
 from ronna.plan.time import step_time
@@ -30,6 +30,15 @@ def test_layouts_divide_the_devices_and_stay_within_a_machine() -> None:
     assert all(r.parts <= 16 for r in layouts(LLAMA, 64, 8, most_parts=16))
     assert not list(layouts(LLAMA, 64, 8, most_parts=4))
     assert list(layouts(LLAMA, 2, 1, 8)) == [Ranks(1, 2, 1), Ranks(2, 1, 1)]
+
+
+def test_layouts_in_which_texts_are_shared() -> None:
+    found = list(layouts(LLAMA, 16, 8, most_parts=16, context=True))
+    assert len(found) == len(set(found)) and set(layouts(LLAMA, 16, 8, 16)) < set(found)
+    assert all(r.size == 16 and r.context * r.tensor <= 8 for r in found)
+    assert {Ranks(1, 2, context=8), Ranks(2, 1, context=8), Ranks(1, 4, 2, context=2)} <= set(found)
+    assert {r.parts for r in layouts(LLAMA, 16, 8, most_parts=2, context=True)} == {2}
+    assert all(r.context == 1 for r in layouts(preset("gpt2")[1], 8, 8, 8, context=True) if r.tensor == 4)  # 12 heads
 
 
 @pytest.mark.parametrize("model", [LLAMA, T5], ids=["llama", "t5"])
@@ -90,6 +99,25 @@ def test_a_tensor_group_shares_the_words() -> None:
     assert four < 0.5 * alone  # at the loss
 
 
+@pytest.mark.parametrize("model", [LLAMA, T5], ids=["llama", "t5"])
+def test_a_context_group_shares_the_activations_of_a_text(model: c.Model) -> None:
+    alone, four = (
+        estimate(model, replace(step(Ranks(context=n)), source=Lengths(4, 512) if model is T5 else None))
+        for n in (1, 4)
+    )
+    for before, after in zip(alone.activations, four.activations, strict=True):
+        assert 0.24 * before < after < 0.3 * before
+    assert alone.held["optimizer"] == pytest.approx(4 * four.held["optimizer"], rel=0.01)
+    assert 4 * four.loss < 1.01 * alone.loss
+
+
+def test_ranks_that_share_a_text_read_keys_that_are_fewer_than_they() -> None:
+    one = apart(LLAMA.last.blocks[0].attention, 16)  # of 32 heads, 8 of keys and values
+    assert (one.heads, one.kv) == (2, 1) and not divides(LLAMA, 16)
+    one = apart(LLAMA.last.blocks[0].attention, 4)
+    assert (one.heads, one.kv) == (8, 2)
+
+
 def test_an_adapter_shares_its_base() -> None:
     adapter = Adapter(8)
     one, four = (estimate(LLAMA, step(Ranks(shard=n), adapter=adapter)).held["weights"] for n in (1, 4))
@@ -108,6 +136,24 @@ def test_communication() -> None:
     assert far > waits(Ranks(shard=16), network=1e10) > waits(Ranks(shard=8), network=1e9)
     assert waits(Ranks(2, 8), network=1e9) < far  # gradients alone travel between machines
     assert waits(Ranks(shard=8), machine=4, network=1e9) > waits(Ranks(shard=8), machine=8, network=1e9)
+
+
+def test_texts_are_exchanged_around_attention() -> None:
+    rows, width = 1000, 2
+    it = sent(LLAMA, Ranks(context=4), rows * LLAMA.dim * width, width, learning=0, again=0)
+    of_a_row = (32 + 8 + 8 + 32) * 128  # queries, keys, values, and what comes of them
+    assert it.exchanged == rows * width * 8 * 2 * of_a_row and it.exchanges == 8 * 4
+    again = sent(LLAMA, Ranks(context=4), rows * LLAMA.dim * width, width, learning=0, again=16)
+    assert again.exchanged == 1.5 * it.exchanged  # forward twice, backward once
+    assert sent(LLAMA, Ranks(shard=4), rows * LLAMA.dim * width, width, 0, 0).exchanged == 0
+    near, far = (waits(Ranks(context=8), machine=n, network=1e9) for n in (8, 4))
+    assert far > near > waits(Ranks(context=8), machine=8, network=1e9, link=1e12)
+
+
+def test_ranks_that_share_a_text_do_as_much_of_it_each() -> None:
+    card = device("h100-80gb")[1]
+    one, four = (step_time(LLAMA, step(Ranks(context=n)), card) for n in (1, 4))
+    assert four.flops == pytest.approx(one.flops / 4, rel=0.03)
 
 
 def test_a_cpu_waits_for_all_that_is_sent() -> None:

@@ -103,7 +103,7 @@ def test_several_devices_in_several_ways() -> None:
     question: dict[str, Any] = {"model": "qwen3-0.6b", "batch": 16, "length": 1024}
     answer = ask(**question, hardware="16xa100-80gb")
     ranks = [p["ranks"] for p in answer["plans"]]
-    assert all(r["replicate"] * r["shard"] * r["tensor"] == 16 for r in ranks) and len(ranks) > 4
+    assert all(r["replicate"] * r["shard"] * r["context"] * r["tensor"] == 16 for r in ranks) and len(ranks) > 4
     seconds = [p["step_seconds"] for p in answer["plans"] if p["fits"]]
     assert seconds == sorted(seconds) and len(seconds) == len(ranks)
     assert all(0 <= p["waiting"] < 1 for p in answer["plans"])
@@ -111,6 +111,13 @@ def test_several_devices_in_several_ways() -> None:
     assert slow["tokens_per_second"] < answer["plans"][0]["tokens_per_second"]
     apart = ask(**question, hardware="16xa100-80gb", machine=2)
     assert max(p["ranks"]["tensor"] for p in apart["plans"]) == 2
+
+
+def test_a_long_text_for_several_devices() -> None:
+    question: dict[str, Any] = {"model": "qwen3-0.6b", "hardware": "4xrtx4090", "batch": 1}
+    assert all(p["ranks"]["context"] == 1 for p in ask(**question, length=2048)["plans"])
+    plans = ask(**question, length=32768)["plans"]
+    assert plans[0]["fits"] and plans[0]["ranks"]["context"] == 4
 
 
 def test_what_one_device_cannot_hold_many_can(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ronna.model import config as c
 from ronna.model.boxes import local
+from ronna.model.group import Group
 from ronna.model.layers import Linear, make_norm, merged
 from ronna.model.layers import dropout as drop
 from ronna.model.sequences import Reads, Sequences, View
@@ -54,12 +55,13 @@ class RelativeBias(nn.Module):
     def __init__(self, cfg: c.RelativeBias, heads: int, causal: bool):
         super().__init__()
         self.cfg, self.causal = cfg, causal
+        self.group = Group()  # of the ranks that share the heads
         self.table = nn.Embedding(cfg.buckets, heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions (R, Lq) and (R, Lk) -> bias (R, H, Lq, Lk)."""
         buckets = self.bucket(keys[:, None, :] - queries[:, :, None])
-        return F.embedding(buckets, local(self.table.weight)).permute(0, 3, 1, 2)
+        return F.embedding(buckets, self.group.channels(local(self.table.weight))).permute(0, 3, 1, 2)
 
     def bucket(self, offset: Tensor) -> Tensor:
         """Half of the buckets for exact small distances, half growing with the logarithm of the distance."""
@@ -80,6 +82,10 @@ class Prefix(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+    def shared(self, group: Group) -> "Prefix":
+        """Of the heads that this rank has."""
+        return Prefix(*(group.channels(t.mT).mT for t in self))
 
     def before(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(R, L, K, D) each -> (R, n + L, K, D)."""
@@ -132,7 +138,7 @@ def sdpa(
         dropout,
         is_causal=causal and mask is None,
         scale=cfg.scale,
-        enable_gqa=cfg.kv != cfg.heads,
+        enable_gqa=k.shape[1] != q.shape[1],
     )
     return y.transpose(1, 2)
 
@@ -141,8 +147,8 @@ def written_out(
     q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, *, mask: Tensor | None, causal: bool, rate: float
 ) -> Tensor:
     """Attention over (R, H, L, D) as its formula says: for short rows and with dropout the fastest on a CPU."""
-    if cfg.kv != cfg.heads:
-        k, v = (t.repeat_interleave(cfg.heads // cfg.kv, dim=1) for t in (k, v))
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if mask is None and causal:
         mask = no_later(q.shape[-2], k.shape[-2], q.device)
     scores = (q * (cfg.head_dim**-0.5 if cfg.scale is None else cfg.scale)) @ k.transpose(-1, -2)
@@ -175,7 +181,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequenc
     bounds, longest = sequences.bounds, sequences.longest
     y = varlen_attn(
         q, k, v, bounds, bounds, longest, longest,
-        scale=cfg.scale, window_size=(side, 0 if causal else side), enable_gqa=cfg.kv != cfg.heads,
+        scale=cfg.scale, window_size=(side, 0 if causal else side), enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
     assert isinstance(y, Tensor)
     return y
@@ -187,6 +193,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: c.Attention, dim: int, causal: bool):
         super().__init__()
         self.cfg, self.causal = cfg, causal
+        self.group = Group()  # of the ranks that divide the rows of x
         self.q = Linear(dim, cfg.heads * cfg.head_dim, bias=cfg.bias)
         self.k = Linear(dim, cfg.kv * cfg.head_dim, bias=cfg.bias)
         self.v = Linear(dim, cfg.kv * cfg.head_dim, bias=cfg.bias)
@@ -218,6 +225,7 @@ class Attention(nn.Module):
         angles = None
         if rotary := self.cfg.rotary:
             angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
+        prefix = None if prefix is None else prefix.shared(self.group)
         if reads is None:
             q, k, v = self.project(x, sequences.tokens, angles)
         else:
@@ -229,19 +237,23 @@ class Attention(nn.Module):
         else:
             y = self.attend(q, k, v, sequences, bias, prefix)
         y = y.flatten(-2)
-        return self.out(sequences.widen(y) if reads is None else reads.pick(y))
+        return self.out(self.group.rows(sequences.widen(y) if reads is None else reads.pick(y)))
 
     def project(self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (T, H or K, D) of the first T rows, with their norms and rotary positions."""
-        q, k, v = (self.split(y[:tokens]) for y in merged(x, self.q, self.k, self.v))
+        maps = self.group.heads(self.cfg.head_dim, *merged(x, self.q, self.k, self.v))
+        q, k, v = (self.split(y[:tokens]) for y in maps)
         return *placed(self.q_norm(q), self.k_norm(k), angles), v
 
     def project_read(
         self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None, reads: Reads
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with queries of zeros where nobody reads."""
-        q = self.q_norm(self.split(self.q(reads.pick(x))))
-        k, v = (self.split(y[:tokens]) for y in merged(x, self.k, self.v))
+        few = self.group.split(reads.pick(self.group.join(x)))
+        (q,) = self.group.heads(self.cfg.head_dim, self.q(few))
+        q = self.q_norm(self.split(q))
+        maps = self.group.heads(self.cfg.head_dim, *merged(x, self.k, self.v))
+        k, v = (self.split(y[:tokens]) for y in maps)
         return *placed(reads.spread(q), self.k_norm(k), angles), v
 
     def attend(
@@ -297,12 +309,14 @@ class Attention(nn.Module):
         reads: Reads | None = None,
     ) -> Tensor:
         """Sequence i of x (rows, C) reads sequence i of the encoder's states (S, C); x may be what `reads` picks."""
-        q = self.q_norm(self.split(self.q(x)))
+        (q,) = self.group.heads(self.cfg.head_dim, self.q(x))
+        q = self.q_norm(self.split(q))
         q = q[: sequences.tokens] if reads is None else reads.spread(q)
         if cache is not None and cache.memory is not None:
             k, v = cache.memory
         else:
-            k, v = (self.split(y[: source.tokens]) for y in merged(source.widen(memory), self.k, self.v))
+            maps = self.group.heads(self.cfg.head_dim, *merged(self.group.split(source.widen(memory)), self.k, self.v))
+            k, v = (self.split(y[: source.tokens]) for y in maps)
             k = self.k_norm(k)
             if cache is not None:
                 cache.memory = (k, v)
@@ -313,7 +327,7 @@ class Attention(nn.Module):
             mask=mask, causal=False, dropout=self.rate,
         )  # fmt: skip
         y = rows.gather(y).flatten(-2)
-        return self.out(sequences.widen(y) if reads is None else reads.pick(y))
+        return self.out(self.group.rows(sequences.widen(y) if reads is None else reads.pick(y)))
 
 
 def relative(bias: RelativeBias, sequences: Sequences, dtype: torch.dtype, ahead: int) -> Tensor:

@@ -167,6 +167,7 @@ def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float
 
     The second is counted only where no gradient is taken: it would cost training another look at all logits.
     """
+    hidden, labels = head.group.some(hidden), head.group.some(labels)
     x = head.transform(hidden)
     words = Words(head.group, box_of(head.logits.weight).start[0], head.vocab)
     weight = local(head.logits.weight)
@@ -175,4 +176,5 @@ def vocabulary_loss(head: Head, hidden: Tensor, labels: Tensor, smoothing: float
         x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     with saved_tensors_hooks(same, same):  # finished gradients, scaled where they lie: no use for them elsewhere
         total, correct = ChunkedCrossEntropy.apply(x, weight, bias, labels, smoothing, words)
+    total, correct = head.group.all_of(total), head.group.all_of(correct)
     return total, None if total.requires_grad else correct

@@ -5,6 +5,7 @@ blocks (embedding, last norm, heads) is whole from the first look at it in a ste
 read its weights themselves.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ronna.model.boxes import whole
 from ronna.model.transformer import Transformer
+from ronna.parallel.context import spread
 from ronna.parallel.tensor import divide
 from ronna.parallel.world import World
 
@@ -25,14 +27,19 @@ def shard(model: Transformer, world: World, compute: torch.dtype) -> None:
     """Leave each rank its part of every parameter; all ranks have the same model before. Blocks are gathered in the
     precision of the computation, and their gradients added up in fp32.
 
-    Gradients are then sums over the ranks, not means: the loop divides losses by the counts of all. Raises RonnaError
-    where a model's matrices cannot be divided as asked.
+    Gradients are then sums over the ranks, not means: the loop divides losses by the counts of all. But ranks of one
+    context group have the same losses (see `ronna.parallel.context`). Raises RonnaError where a model cannot be divided
+    as asked.
     """
     assert world.mesh is not None
-    # Of changes in place of what a model returns, which nobody makes.
+    # Of changes in place of what a model returns, which nobody makes, and of sums over two dimensions of a mesh, which
+    # are taken one after the other.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if world.tensor > 1:
         divide(model, world.mesh["tensor"], world.sequence)
+    if world.context_mesh is not None:
+        spread(model, world.context_mesh.get_group("context"))
     mesh = world.mesh["replicate", "shard"] if world.mesh.size(0) > 1 else world.mesh["shard"]
     narrow = compute if compute.itemsize < 4 else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
@@ -44,7 +51,7 @@ def shard(model: Transformer, world: World, compute: torch.dtype) -> None:
         register_fsdp_forward_method(model, name)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            module.set_gradient_divide_factor(float(world.context))
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 

@@ -8,10 +8,8 @@ the head, whose loss needs no more than three numbers of each row of logits from
 Legend: R rows, C channels, V vocabulary, n ranks.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from ronna.model import config as c
 from ronna.model.group import Group
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
+from ronna.parallel.passes import Pass, Step, gathered, part, same, scattered, total
 
 HEADS = {"q": 0, "k": 0, "v": 0, "out": 1}
 # The dimension of its weight in which a map is divided: its outputs, or its inputs.
@@ -31,79 +30,28 @@ TABLE |= {"ffn.up": 0, "ffn.gate": 0, "ffn.down": 1}
 PER_HEAD = ("attention.q_norm", "attention.k_norm", "cross.q_norm", "cross.k_norm")
 BETWEEN = ("attention_norm", "cross_norm", "ffn_norm")  # of what is divided by rows, if that is
 
-# Of torch 2.13, and by their names before.
-gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-Step = Callable[[Tensor, dist.ProcessGroup], Tensor]
-
-
-def same(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return x.view_as(x)
-
-
-def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=group)
-    return x
-
-
-def even(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """With zeros behind, so that every rank has as many rows."""
-    return F.pad(x, (0, 0, 0, -len(x) % group.size())).contiguous()
-
-
-def part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return even(x, group).chunk(group.size())[group.rank()].contiguous()
-
-
-def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    whole = x.new_empty(len(x) * group.size(), *x.shape[1:])
-    gather(whole, x.contiguous(), group=group)
-    return whole
-
-
-def scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    x = even(x, group)
-    rows = x.new_empty(len(x) // group.size(), *x.shape[1:])
-    reduce_scatter(rows, x, group=group)
-    return rows
-
-
-class Pass(torch.autograd.Function):
-    """One of these on the way forward, another on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Step, back: Step, group: dist.ProcessGroup) -> Tensor:
-        ctx.back, ctx.group, ctx.rows = back, group, len(x)
-        return there(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.back(gradient, ctx.group)[: ctx.rows], None, None, None
-
 
 class TensorGroup(Group):
     """rows: whether each rank keeps some of the rows of the states between divided maps."""
 
     def __init__(self, group: dist.ProcessGroup, rows: bool):
-        self.group, self.rows, self.size = group, rows, group.size()
+        self.group, self.by_rows, self.size = group, rows, group.size()
 
     def through(self, x: Tensor, there: Step, back: Step) -> Tensor:
         passed: Tensor = Pass.apply(x, there, back, self.group)
         return passed
 
     def split(self, x: Tensor) -> Tensor:
-        return self.through(x, part, gathered) if self.rows else x
+        return self.through(x, part, gathered) if self.by_rows else x
 
     def join(self, x: Tensor) -> Tensor:
-        return self.through(x, gathered, part) if self.rows else x
+        return self.through(x, gathered, part) if self.by_rows else x
 
     def into(self, x: Tensor) -> Tensor:
-        return self.through(x, gathered, scattered) if self.rows else self.through(x, same, total)
+        return self.through(x, gathered, scattered) if self.by_rows else self.through(x, same, total)
 
     def out(self, y: Tensor) -> Tensor:
-        return self.through(y, scattered, gathered) if self.rows else self.through(y, total, same)
+        return self.through(y, scattered, gathered) if self.by_rows else self.through(y, total, same)
 
     def total(self, x: Tensor) -> Tensor:
         return self.through(x, total, same)
@@ -158,7 +106,7 @@ def divide_block(block: nn.Module, mesh: DeviceMesh, group: TensorGroup) -> None
             assert isinstance(module, Linear)
             for change in module.companions:
                 divide_change(change, TABLE[name], mesh, group)
-        elif name in PER_HEAD or (name in BETWEEN and group.rows):
+        elif name in PER_HEAD or (name in BETWEEN and group.by_rows):
             module.passing = group.shared
 
 

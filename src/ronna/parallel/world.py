@@ -36,6 +36,7 @@ class ParallelConfig(Config):
     """How a run's ranks share its model."""
 
     replicate: int = Field(1, ge=1)  # copies of the model, each in shards on its part of the ranks
+    context: int = Field(1, ge=1)  # ranks that share the tokens of the same samples
     tensor: int = Field(1, ge=1)  # ranks that divide each block's matrices, and compute on the same samples
     sequence: bool = True  # whether those ranks also divide the rows of the states between blocks
     timeout: float = Field(600.0, gt=0)  # seconds that a rank waits for the others
@@ -104,13 +105,16 @@ class Roll:
 
 @dataclass(frozen=True)
 class World:
-    """One rank of `size`. mesh: (replicate, shard, tensor) ranks, None where there is one alone."""
+    """One rank of `size`. mesh: (replicate, shard, tensor) ranks, None where there is one alone; shards lie over the
+    ranks of a context group too. context_mesh: (the others, context, tensor)."""
 
     rank: int = 0
     size: int = 1
-    tensor: int = 1  # consecutive ranks that have the same samples
+    context: int = 1  # groups of `tensor` ranks, one behind the other, that have the same samples
+    tensor: int = 1
     sequence: bool = True  # as ParallelConfig has it
     mesh: DeviceMesh | None = field(default=None, compare=False)
+    context_mesh: DeviceMesh | None = field(default=None, compare=False)
     roll: Roll | None = field(default=None, compare=False)
     here: int = 1  # ranks on this machine
 
@@ -125,9 +129,14 @@ class World:
         return self.rank == 0
 
     @property
+    def together(self) -> int:
+        """Consecutive ranks that have the same samples."""
+        return self.context * self.tensor
+
+    @property
     def part(self) -> int:
         """Which part of the samples is this rank's."""
-        return self.rank // self.tensor
+        return self.rank // self.together
 
     @property
     def first_copy(self) -> bool:
@@ -136,7 +145,7 @@ class World:
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The part of a list that is this rank's: parts are consecutive and differ by one item at most."""
-        n, parts = len(items), self.size // self.tensor
+        n, parts = len(items), self.size // self.together
         return items[n * self.part // parts : n * (self.part + 1) // parts]
 
     def total(self, numbers: Sequence[int]) -> list[int]:
@@ -145,7 +154,7 @@ class World:
             return list(numbers)
         summed = torch.tensor(list(numbers), dtype=torch.int64)
         dist.all_reduce(summed)
-        return [int(n) // self.tensor for n in summed]
+        return [int(n) // self.together for n in summed]
 
     def total_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The same of numbers by name; every rank has the same names."""
@@ -160,12 +169,12 @@ class World:
         names = sorted(sums)
         summed = torch.stack([sums[name].detach().double().cpu() for name in names])
         dist.all_reduce(summed)
-        return dict(zip(names, (summed / self.tensor).unbind(), strict=True))
+        return dict(zip(names, (summed / self.together).unbind(), strict=True))
 
     def any(self, here: bool) -> bool:
         """Whether it is so on some rank."""
         self.call()
-        return self.total([int(here) * self.tensor])[0] > 0
+        return self.total([int(here) * self.together])[0] > 0
 
     def call(self) -> None:
         """Say that this rank has come so far."""
@@ -202,6 +211,14 @@ def stop_with_starter() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def refuse_uneven(config: ParallelConfig, size: int) -> None:
+    copies = "one copy" if config.replicate == 1 else f"{config.replicate} copies"
+    what, together = f"{size} ranks cannot hold {copies} of a model", config.context * config.tensor
+    what += f" divided over {together}" if together > 1 else ""
+    names = [name for name in ("replicate", "tensor", "context") if getattr(config, name) > 1]
+    raise RonnaError(what, where=f"parallel.{names[0]}", fix="give numbers whose product divides the ranks")
+
+
 @contextmanager
 def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     """This process among the others that were started with it, as one of a run's ranks, until the run ends.
@@ -210,20 +227,18 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     ranks cannot be divided as asked or the device is absent, RankLost where another one is gone or does not come.
     """
     if not started_with_others():
-        for name, what in (("replicate", "hold copies of the model"), ("tensor", "divide a model's matrices")):
+        degrees = (("replicate", "hold copies of the model"), ("context", "share a text with others"))
+        for name, what in (*degrees, ("tensor", "divide a model's matrices")):
             if getattr(config, name) > 1:
                 fix = "start more ranks: --nproc N, or torchrun"
                 raise RonnaError(f"one process cannot {what}", where=f"parallel.{name}", fix=fix)
         yield ALONE
         return
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    shards, left = divmod(size, config.replicate * config.tensor)
+    together = config.context * config.tensor
+    shards, left = divmod(size, config.replicate * together)
     if left:
-        copies = "one copy" if config.replicate == 1 else f"{config.replicate} copies"
-        what = f"{size} ranks cannot hold {copies} of a model"
-        what += f" divided over {config.tensor}" if config.tensor > 1 else ""
-        fix = "give numbers whose product divides the ranks"
-        raise RonnaError(what, where="parallel.replicate" if config.replicate > 1 else "parallel.tensor", fix=fix)
+        refuse_uneven(config, size)
     cuda = choose_device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -232,12 +247,15 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     roll = Roll(rank, size, config.timeout)
     try:
-        shape, names = (config.replicate, shards, config.tensor), ("replicate", "shard", "tensor")
-        mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
+        kind, names = "cuda" if cuda else "cpu", ("replicate", "shard", "tensor")
+        shape = (config.replicate, shards * config.context, config.tensor)
+        mesh, texts = init_device_mesh(kind, shape, mesh_dim_names=names), None
+        if config.context > 1:
+            shape = (size // together, config.context, config.tensor)
+            texts = init_device_mesh(kind, shape, mesh_dim_names=("part", "context", "tensor"))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         with roll:
-            yield World(
-                rank, size, config.tensor, config.sequence, mesh, roll, int(os.environ.get("LOCAL_WORLD_SIZE", size))
-            )
+            yield World(rank, size, config.context, config.tensor, config.sequence, mesh, texts, roll, here)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
             what = f"rank {rank} has lost another one: {str(error).splitlines()[0][:200]}{roll.missing()}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ronna.model import config as c
 from ronna.plan.layers import dropout, feed_forward, linear, merged, norm
+from ronna.plan.ranks import apart
 from ronna.plan.shapes import Lengths, Numbers, View
 from ronna.plan.tape import Tape, Value
 
@@ -17,7 +18,8 @@ WRITTEN_OUT = 512  # columns up to which a CPU computes attention as its formula
 
 @dataclass(frozen=True)
 class Scene:
-    """What a stack's blocks have in common. share: ranks that divide the rows of the states between their parts."""
+    """What a stack's blocks have in common. context: ranks that share the tokens of a text, and have as many rows each.
+    share: ranks that divide those of one of them between the parts of blocks."""
 
     dim: int
     lengths: Lengths
@@ -26,45 +28,67 @@ class Scene:
     bias: c.RelativeBias | None
     numbers: Numbers
     share: int = 1
+    context: int = 1
 
     @property
     def rows(self) -> int:
-        return self.numbers.rows(self.lengths.total)
+        """That this rank's maps have, with those that divide them."""
+        return self.of(self.numbers.rows(self.lengths.total))
+
+    def of(self, rows: int) -> int:
+        """The part of so many that is this context rank's."""
+        return -(-rows // self.context)
+
+    def read(self, reads: int | None) -> int:
+        """Rows of those that somebody reads (None: all)."""
+        return self.rows if reads is None else self.of(self.numbers.rows(reads))
 
     def here(self, rows: int) -> int:
-        """Those of so many that stay on this rank."""
+        """Those of so many of the context rank's that stay here between parts of blocks."""
         return -(-rows // self.share)
 
 
 def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) -> Value:
     """Of x (rows, C), or of its `reads` positions that somebody reads."""
     n, dim, tokens, rows = scene.numbers, scene.dim, scene.lengths.total, scene.rows
-    inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
+    inner, kv, whole = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim, n.rows(tokens)
+    own = apart(cfg, scene.context)  # what this rank attends with
+    wide, narrow = own.heads * own.head_dim * n.compute, own.kv * own.head_dim * n.compute
+    paths = [("attention.k", kv), ("attention.v", kv)]
     if reads is None:
-        paths = [("attention.q", inner), ("attention.k", kv), ("attention.v", kv)]
-        q, k, v = (cut(t, y, rows, tokens) for y in merged(t, x, rows, dim, paths, cfg.bias, n))
-        q = norm(t, q, cfg.qk_norm, tokens * cfg.heads, cfg.head_dim, n)
+        q, k, v = merged(t, x, rows, dim, [("attention.q", inner), *paths], cfg.bias, n)
+        q = cut(t, exchanged(t, q, whole * wide, scene), whole, tokens)
+        q = norm(t, q, cfg.qk_norm, tokens * own.heads, cfg.head_dim, n)
     else:
-        few = n.rows(reads)
-        q = linear(t, pick(t, x, rows, reads, n), few, (dim, inner), cfg.bias, n, "attention.q")
-        q = norm(t, q, cfg.qk_norm, few * cfg.heads, cfg.head_dim, n)
-        paths = [("attention.k", kv), ("attention.v", kv)]
-        k, v = (cut(t, y, rows, tokens) for y in merged(t, x, rows, dim, paths, cfg.bias, n))
-        q = spread(t, cut(t, q, few, reads), tokens * inner * n.compute)
-    k = norm(t, k, cfg.qk_norm, tokens * cfg.kv, cfg.head_dim, n)
+        few, all_x = n.rows(reads), exchanged(t, x, whole * dim * n.compute, scene)
+        picked = pick(t, all_x, whole, reads, n)
+        mine = exchanged(t, picked, scene.of(few) * dim * n.compute, scene)
+        q = linear(t, mine, scene.of(few), (dim, inner), cfg.bias, n, "attention.q")
+        q = exchanged(t, q, few * wide, scene)
+        q = norm(t, q, cfg.qk_norm, few * own.heads, cfg.head_dim, n)
+        k, v = merged(t, x, rows, dim, paths, cfg.bias, n)
+        q = spread(t, cut(t, q, few, reads), tokens * wide)
+    k, v = (cut(t, exchanged(t, y, whole * narrow, scene), whole, tokens) for y in (k, v))
+    k = norm(t, k, cfg.qk_norm, tokens * own.kv, cfg.head_dim, n)
     if cfg.rotary:
         q, k = rotate(t, q, tokens, cfg.head_dim, n), rotate(t, k, tokens, cfg.head_dim, n)
     names = [x, q, k, v]
     view = scene.lengths.packed(n.cuda)
     if n.cuda and n.compute == 2 and scene.bias is None and not cfg.dropout:
-        y = t.op(q, k, v, size=q.size, keeps=[q, k, v], keep_out=True, extra=tokens * cfg.heads * 4)
+        y = t.op(q, k, v, size=q.size, keeps=[q, k, v], keep_out=True, extra=tokens * own.heads * 4)
     else:
         mask = mask_bytes(view, scene.causal, cfg.window)
-        y = rectangles(t, (q, k, v), cfg, (view, view), mask, scene, scene.bias is not None)
-    y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, rows)
-    y = linear(t, y, rows if reads is None else n.rows(reads), (inner, dim), cfg.out_bias, n, "attention.out")
+        y = rectangles(t, (q, k, v), own, (view, view), mask, scene, scene.bias is not None)
+    y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, whole)
+    y = exchanged(t, y, scene.read(reads) * inner * n.compute, scene)
+    y = linear(t, y, scene.read(reads), (inner, dim), cfg.out_bias, n, "attention.out")
     t.hold(*names)
     return y
+
+
+def exchanged(t: Tape, x: Value, size: int, scene: Scene) -> Value:
+    """So many bytes of it, from the ranks that share a text or to these, by way of a copy."""
+    return x if scene.context == 1 else t.op(x, size=size, work=size, back=x.size)
 
 
 def cross(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) -> Value:
@@ -72,21 +96,27 @@ def cross(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) 
     n, dim, tokens, source = scene.numbers, scene.dim, scene.lengths.total, scene.source
     assert source is not None
     inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
-    rows = scene.rows if reads is None else n.rows(reads)
+    own = apart(cfg, scene.context)
+    wide, narrow = own.heads * own.head_dim * n.compute, own.kv * own.head_dim * n.compute
+    rows, whole = scene.read(reads), n.rows(tokens if reads is None else reads)
     q = linear(t, x, rows, (dim, inner), cfg.bias, n, "cross.q")
-    q = norm(t, q, cfg.qk_norm, rows * cfg.heads, cfg.head_dim, n)
-    q = cut(t, q, rows, tokens) if reads is None else spread(t, cut(t, q, rows, reads), tokens * inner * n.compute)
+    q = exchanged(t, q, whole * wide, scene)
+    q = norm(t, q, cfg.qk_norm, whole * own.heads, cfg.head_dim, n)
+    q = cut(t, q, whole, tokens) if reads is None else spread(t, cut(t, q, whole, reads), tokens * wide)
     outer = n.rows(source.total)
     memory = t.memory(source.total * dim * n.compute)
     memory = widen(t, memory, source.total, outer)
+    memory = exchanged(t, memory, scene.of(outer) * dim * n.compute, scene)
     paths = [("cross.k", kv), ("cross.v", kv)]
-    k, v = (cut(t, y, outer, source.total) for y in merged(t, memory, outer, dim, paths, cfg.bias, n))
-    k = norm(t, k, cfg.qk_norm, source.total * cfg.kv, cfg.head_dim, n)
+    k, v = merged(t, memory, scene.of(outer), dim, paths, cfg.bias, n)
+    k, v = (cut(t, exchanged(t, y, outer * narrow, scene), outer, source.total) for y in (k, v))
+    k = norm(t, k, cfg.qk_norm, source.total * own.kv, cfg.head_dim, n)
     names = [x, q, k, v]
     columns = source.padded()
     mask = 0 if columns.full else columns.cells
-    y = rectangles(t, (q, k, v), cfg, (scene.lengths.padded(), columns), mask, scene, False)
-    y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, rows)
+    y = rectangles(t, (q, k, v), own, (scene.lengths.padded(), columns), mask, scene, False)
+    y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, whole)
+    y = exchanged(t, y, rows * inner * n.compute, scene)
     y = linear(t, y, rows, (inner, dim), cfg.out_bias, n, "cross.out")
     t.hold(*names)
     return y
@@ -194,14 +224,14 @@ def attention_half(cfg: c.Block, scene: Scene, reads: int | None, needs: bool) -
     first = None if cfg.skip_first_norm else cfg.norm
     x = residual(t, t.start, cfg, first, scene, reads, lambda h: attention(t, h, cfg.attention, scene, reads))
     if (other := cfg.cross) is not None:
-        rows = scene.rows if reads is None else scene.numbers.rows(reads)
+        rows = scene.read(reads)
         x = residual(t, x, cfg, cfg.norm, scene, None, lambda h: cross(t, h, other, scene, reads), rows)
     return t, x
 
 
 def feed_half(cfg: c.Block, scene: Scene, reads: int | None, needs: bool) -> tuple[Tape, Value]:
     n = scene.numbers
-    rows = scene.rows if reads is None else n.rows(reads)
+    rows = scene.read(reads)
     t = Tape(scene.here(rows) * scene.dim * n.compute, needs)
     return t, residual(
         t, t.start, cfg, cfg.norm, scene, None, lambda h: feed_forward(t, h, cfg.ffn, rows, scene.dim, n), rows
@@ -219,15 +249,16 @@ def residual(
     whole: int | None = None,
 ) -> Value:
     """x and what a layer makes of it, at the positions that it picks if some are read. whole: rows of the ranks that
-    divide them (None: all there are)."""
+    divide the layer (None: all that these have)."""
     n, dim = scene.numbers, scene.dim
     rows, whole = x.size // (dim * n.compute), scene.rows if whole is None else whole
     pre = cfg.norm_at == "pre"
     y = layer(passed(t, norm(t, x, by, rows, dim, n) if pre else x, whole, scene))
     y = dropout(t, passed(t, y, scene.here(y.size // (dim * n.compute)), scene), cfg.dropout, n)
     if reads is not None:
-        x = pick(t, passed(t, x, whole, scene), whole, reads, n)
-        x = passed(t, x, scene.here(n.rows(reads)), scene)
+        every = n.rows(scene.lengths.total)
+        x = pick(t, exchanged(t, passed(t, x, whole, scene), every * dim * n.compute, scene), every, reads, n)
+        x = passed(t, exchanged(t, x, scene.read(reads) * dim * n.compute, scene), scene.here(scene.read(reads)), scene)
     total = t.op(y, x, through=True)
     if pre:
         return total

@@ -50,7 +50,7 @@ def estimate(model: c.Model, step: Step) -> Memory:
     model, n = divided(model, step.ranks), step.numbers
     table = Table.of(model, step)
     learning = list(weights(model, table.rows)) if step.adapter is None else list(adapted(model, step.adapter))
-    learning = [share(w, step.ranks.shard) for w in learning]
+    learning = [share(w, step.ranks.shards) for w in learning]
     width = n.weight if step.adapter is None else 4
     walk = Walk(
         weights=model_bytes(model, step) + table.copy,
@@ -147,7 +147,7 @@ class Shards:
     gradients of whole weights until they have been added up."""
 
     def __init__(self, model: c.Model, step: Step):
-        self.parts, self.clear = step.ranks.shard, step.micro_batches == 1
+        self.parts, self.clear = step.ranks.shards, step.micro_batches == 1
         self.blocks = [size * step.inside.compute for size in block_sizes(model)]
         self.ahead = 2 if step.numbers.cuda else 1  # the next one comes while one computes
         self.around = around(model) * MASTER
@@ -247,7 +247,7 @@ def backward(walk: Walk, stretches: list[Stretch], step: Step, stepping: tuple[i
 
 def model_bytes(model: c.Model, step: Step) -> int:
     """`model`: of one rank of a tensor group."""
-    n, shards = step.numbers, step.ranks.shard
+    n, shards = step.numbers, step.ranks.shards
     params = sum(share(w, shards).size for w in weights(model))
     if step.adapter is None:
         return params * n.weight

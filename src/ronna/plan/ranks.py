@@ -1,11 +1,13 @@
 """How several devices share a training step: what each of them holds, and what they send to each other.
 
 As `ronna.parallel` has it: blocks are gathered on every rank for as long as they compute, what stands around them for
-the whole micro-batch; heads, hidden channels, words and rows are divided within a tensor group.
+the whole micro-batch; heads, hidden channels, words and rows are divided within a tensor group; ranks of a context
+group share the rows of the same texts and, while they attend, the heads.
 
 Legend: T tokens of a micro-batch, C channels, S shards.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,22 +21,33 @@ MASTER, PASSED = 4, 4  # bytes of a weight that the optimizer has, and of a grad
 
 @dataclass(frozen=True)
 class Ranks:
-    """Copies of the model, the shards of each, and the ranks that divide the blocks of each shard and, with `sequence`,
-    the rows of the states between them."""
+    """Copies of the model, the shards of each with samples of their own, and the ranks that divide the blocks of each
+    shard and, with `sequence`, the rows of the states between them. context: ranks that share the tokens of a text."""
 
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
     sequence: bool = True
+    context: int = 1
 
     @property
     def size(self) -> int:
-        return self.replicate * self.shard * self.tensor
+        return self.replicate * self.shards * self.tensor
+
+    @property
+    def shards(self) -> int:
+        """Those that the weights of a copy lie in."""
+        return self.shard * self.context
+
+    @property
+    def within(self) -> int:
+        """Ranks that divide the rows of the states between blocks, of those that a context group has left one."""
+        return self.tensor if self.sequence else 1
 
     @property
     def rows(self) -> int:
-        """Ranks that divide the rows of the states between blocks."""
-        return self.tensor if self.sequence else 1
+        """Ranks that divide the rows of the states between blocks, in all."""
+        return self.within * self.context
 
     @property
     def parts(self) -> int:
@@ -43,25 +56,44 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        names = ((self.replicate, "copies"), (self.shard, "shards"), (self.tensor, "to a block"))
-        return " x ".join(f"{count} {what}" for count, what in names if count > 1) or "alone"
+        names = ["copies", "shards", "to a text", "to a block"]
+        counts = zip((self.replicate, self.shard, self.context, self.tensor), names, strict=True)
+        return " x ".join(f"{count} {what}" for count, what in counts if count > 1) or "alone"
 
 
 ALONE = Ranks()
 
 
-def layouts(model: c.Model, devices: int, machine: int, most_parts: int, tensor: bool = True) -> Iterator[Ranks]:
-    """The sensible ones: tensor groups within a machine, shards over a machine, over all, or none.
+def layouts(
+    model: c.Model, devices: int, machine: int, most_parts: int, tensor: bool = True, context: bool = False
+) -> Iterator[Ranks]:
+    """The sensible ones: groups that share blocks or texts within a machine, shards over a machine, over all, or none.
 
     machine: devices of one. most_parts: samples that there are to share. tensor: whether blocks may be divided.
+    context: whether texts may be, which only long ones are worth.
     """
-    for group in (n for n in range(1, min(machine, devices) + 1) if devices % n == 0 and machine % n == 0):
-        parts = devices // group
-        if parts > most_parts or (group > 1 and not (tensor and divides(model, group))):
-            continue
-        for shard in sorted({parts, machine // group, 1}, reverse=True):
-            if parts % shard == 0:
-                yield Ranks(parts // shard, shard, group)
+    groups = [n for n in range(1, min(machine, devices) + 1) if devices % n == 0 and machine % n == 0]
+    for texts in groups if context else [1]:
+        for group in (n for n in groups if devices % (texts * n) == 0 and machine % (texts * n) == 0):
+            parts, divided_blocks = devices // (texts * group), group > 1
+            if parts > most_parts or (divided_blocks and not (tensor and divides(model, group))):
+                continue
+            if texts > 1 and not shares_heads(model, texts * group):
+                continue
+            for shard in sorted({parts, max(1, machine // (texts * group)), 1}, reverse=True):
+                if parts % shard == 0:
+                    yield Ranks(parts // shard, shard, group, context=texts)
+
+
+def shares_heads(model: c.Model, ranks: int) -> bool:
+    """Whether so many ranks can attend with as many heads each."""
+    heads = {a.heads for one in blocks(model) for a in (one.attention, one.cross) if a is not None}
+    return all(count % ranks == 0 for count in heads)
+
+
+def apart(one: c.Attention, ranks: int) -> c.Attention:
+    """The heads that one of the ranks has that share a text."""
+    return replace(one, heads=one.heads // ranks, kv_heads=one.kv // math.gcd(one.kv, ranks)) if ranks > 1 else one
 
 
 def divides(model: c.Model, ranks: int) -> bool:
@@ -125,13 +157,22 @@ class Sent(NamedTuple):
     gradients: int
     activations: int
     sums: int  # how many times activations are added up
+    exchanged: int  # bytes that ranks which share texts exchange around attention, of all of them
+    exchanges: int
 
 
 def sent(model: c.Model, ranks: Ranks, activation: int, gathered: int, learning: int, again: int) -> Sent:
-    """`model` is that of one rank. activation: bytes of all that goes into a block. gathered: bytes of a block's weight
-    as it computes. learning: weights that learn. again: halves of blocks that are computed again."""
-    inside = sum(block_sizes(model)) * gathered if ranks.shard > 1 else 0
-    rest = around(model) * MASTER if ranks.shard > 1 else 0
+    """`model` is that of one rank. activation: bytes of what goes into a block of the ranks that divide it. gathered:
+    bytes of a block's weight as it computes. learning: weights that learn. again: halves of blocks that are computed
+    again."""
+    inside = sum(block_sizes(model)) * gathered if ranks.shards > 1 else 0
+    rest = around(model) * MASTER if ranks.shards > 1 else 0
     # Of every part of a block both ways, of the vectors of tokens, and of the gradient that the words' loss gives.
     sums = sum(2 + (one.cross is not None) for one in blocks(model)) * 2 + 2 + again if ranks.tensor > 1 else 0
-    return Sent(inside + rest, inside, learning * PASSED, activation * sums, sums)
+    exchanged, exchanges = 0, 0
+    if ranks.context > 1:  # queries, keys, values and what comes of them, both ways
+        attentions = [a for one in blocks(model) for a in (one.attention, one.cross) if a is not None]
+        widths = (2 * (a.heads + a.kv) * a.head_dim for a in attentions)
+        exchanged, exchanges = 2 * activation // model.dim * sum(widths), 4 * len(attentions)
+        exchanged, exchanges = (n + n * again // (4 * len(blocks(model))) for n in (exchanged, exchanges))
+    return Sent(inside + rest, inside, learning * PASSED, activation * sums, sums, exchanged, exchanges)

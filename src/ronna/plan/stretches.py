@@ -140,7 +140,13 @@ def vocabulary_loss(model: c.Model, step: Step) -> Stretch | None:
 
 def loss_sizes(model: c.Model, step: Step) -> tuple[int, int, int]:
     """V, C, M."""
-    return model.embedding.vocab, model.dim, step.lengths.total if step.predicted is None else step.predicted
+    predicted = step.lengths.total if step.predicted is None else step.predicted
+    return model.embedding.vocab, model.dim, -(-predicted // step.ranks.context)
+
+
+def words_of(model: c.Model, step: Step) -> int | None:
+    """Whose losses this rank computes; None: of all that is read."""
+    return step.predicted if step.ranks.context == 1 else loss_sizes(model, step)[2]
 
 
 def loss_parts(model: c.Model, step: Step) -> Events:
@@ -167,7 +173,16 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
         yield Stretch(f"{name}'s embedding", profile, rows=by_rows, added=added, parts=((t, (x,)),))
         there = True
         cross = step.source if last else None
-        scene = Scene(model.dim, lengths, cross, stack.causal, stack.relative_bias, step.inside, step.ranks.rows)
+        scene = Scene(
+            model.dim,
+            lengths,
+            cross,
+            stack.causal,
+            stack.relative_bias,
+            step.inside,
+            step.ranks.within,
+            step.ranks.context,
+        )
         for i, (a, b, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
             where = f"{name} block {i}"
             if number < step.blocks:
@@ -178,11 +193,11 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
                 yield Stretch(where, a.profile, number, memory, holes=holes, parts=(a.part,))
                 yield Stretch(where, again(b.profile) if feed else b.profile, number, parts=(b.part,), again=feed)
             number += 1
-        rows = scene.rows if reads is None else n.rows(reads)
+        rows = n.rows(lengths.total if reads is None else reads)
         read = lengths.total if reads is None else reads
         t, x = ends.ending(stack, model.dim, rows, read, True, n, step.ranks.rows)
         if last:
-            outs = ends.heads(t, x, model, read, step.lengths.sequences, reads is None, step.predicted, n)
+            outs = ends.heads(t, x, model, read, step.lengths.sequences, reads is None, words_of(model, step), n)
             yield Stretch("heads", t.profile(*outs, keep_leaves=keep, away=n.away), parts=((t, tuple(outs)),))
         else:
             memory = lengths.total * model.dim * n.compute

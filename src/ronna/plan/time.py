@@ -187,7 +187,16 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
         reads = read_positions(model, step) if last else None
         done.add(embedding(model, stack, lengths, n, table.sparse))
         source = step.source if last else None
-        part = Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside, step.ranks.rows)
+        part = Scene(
+            model.dim,
+            lengths,
+            source,
+            stack.causal,
+            stack.relative_bias,
+            step.inside,
+            step.ranks.within,
+            step.ranks.context,
+        )
         for one, two in of_blocks(stack, part, reads):
             repeated = (one, two) if number < step.blocks else (two,) if number < step.blocks + step.feeds else ()
             for half in repeated:
@@ -197,10 +206,11 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
             done.add(two)
             number += 1
         if stack.relative_bias is not None:
-            relative(done, lengths, stack.blocks[0].attention.heads, n)
+            relative(done, lengths, stack.blocks[0].attention.heads // step.ranks.context, n)
         if not last:
             norm(done, stack.final_norm, lengths.total * model.dim)
     words = (step.lengths.total if step.predicted is None else step.predicted) if model.head else 0
+    words = -(-words // step.ranks.context)
     read = read_positions(model, step)
     done.add(heads(model, step.lengths.total if read is None else read, step.lengths.sequences, words, n))
     loss = vocabulary(model, words, n, CHUNK_ELEMENTS) if model.head is not None else Work()
@@ -230,7 +240,7 @@ def relative(done: Work, lengths: Lengths, heads: int, n: Numbers) -> None:
 def learning(model: c.Model, step: Step) -> list[Weight]:
     """On one rank."""
     whole = weights(model, Table.of(model, step).rows) if step.adapter is None else adapted(model, step.adapter)
-    return [share(w, step.ranks.shard) for w in whole]
+    return [share(w, step.ranks.shards) for w in whole]
 
 
 def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, float]) -> float:
@@ -241,24 +251,26 @@ def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, fl
     grown = sum(w.size for w in (weights(model) if step.adapter is None else adapted(model, step.adapter)))
     tokens = step.lengths.total + (step.source.total if step.source else 0)
     width, count = step.numbers.compute, len(blocks(model))
-    it = sent(model, ranks, tokens * model.dim * width, width, grown, 2 * step.blocks + step.feeds)
+    activation = -(-tokens // ranks.context) * model.dim * width
+    it = sent(model, ranks, activation, width, grown, 2 * step.blocks + step.feeds)
     together = max(1, machine // ranks.tensor)  # of a group of shards, on one machine
-    copies = max(1, machine // (ranks.tensor * ranks.shard))
+    copies = max(1, machine // (ranks.tensor * ranks.shards))
 
     def ring(size: float, members: int, here: int, times: int = 1) -> float:
         rate = device.link if members <= here else min(device.link, device.network * here)
         return size * (members - 1) / members / rate + times * (members - 1) * HOP
 
-    forward = ring(it.forward, ranks.shard, together, count + 1)
-    backward = ring(it.backward, ranks.shard, together, count)
-    backward += ring(it.gradients, ranks.shard, together, count + 1)
-    backward += 2 * ring(it.gradients / ranks.shard, ranks.replicate, copies, count + 1)
-    divided_blocks = 2 * ring(it.activations, ranks.tensor, machine, it.sums)
+    forward = ring(it.forward, ranks.shards, together, count + 1)
+    backward = ring(it.backward, ranks.shards, together, count)
+    backward += ring(it.gradients, ranks.shards, together, count + 1)
+    backward += 2 * ring(it.gradients / ranks.shards, ranks.replicate, copies, count + 1)
+    in_between = 2 * ring(it.activations, ranks.tensor, machine, it.sums)
+    in_between += ring(it.exchanged, ranks.context, together, it.exchanges)
     if device.kind == "cuda":
         each = 1 / step.micro_batches
         forward = max(0.0, forward - each * (seconds["forward"] + seconds["loss"]))
         backward = max(0.0, backward - each * (seconds["backward"] + seconds["recomputation"]))
-    return forward + backward + divided_blocks
+    return forward + backward + in_between
 
 
 def gradients(model: c.Model, step: Step) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ronna.model import config as c
 from ronna.plan.blocks import WRITTEN_OUT, Scene, mask_bytes
 from ronna.plan.layers import MERGED, TOGETHER
+from ronna.plan.ranks import apart
 from ronna.plan.shapes import Lengths, Numbers, View
 
 # Of these, units are floating-point operations: linear maps; an optimizer's products in bf16; many small matrices;
@@ -174,7 +175,7 @@ def attention(w: Work, p: Scene, cfg: c.Attention, reads: int | None, needs: boo
     """Of x (rows, C), or of its `reads` positions that somebody reads. Whether there is a gradient to what it gives."""
     n, tokens, rows = p.numbers, p.lengths.total, p.rows
     inner, kv, e = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim, n.compute
-    few = rows if reads is None else n.rows(reads)
+    few, own = p.read(reads), apart(cfg, p.context)
     keys = [("attention.k", kv), ("attention.v", kv)]
     q_needs, k_needs, v_needs = (needs or learns(n, f"attention.{name}") for name in "qkv")
     if reads is None:
@@ -184,15 +185,18 @@ def attention(w: Work, p: Scene, cfg: c.Attention, reads: int | None, needs: boo
         linear(w, few, (p.dim, inner), cfg.bias, n, "attention.q", needs)
         merged(w, rows, p.dim, keys, cfg.bias, n, needs)
         w.moves((tokens + 2 * few) * inner * e, 2 * few * inner * e, calls=2)
-    norm(w, cfg.qk_norm, tokens * (inner + kv))
+    both = (own.heads + own.kv) * own.head_dim
+    norm(w, cfg.qk_norm, tokens * both)
     if cfg.rotary:
-        w.moves(9 * tokens * (inner + kv) * e, calls=16)
+        w.moves(9 * tokens * both * e, calls=16)
+    if p.context > 1:  # copies before and behind each exchange
+        w.moves(4 * rows * (2 * inner + 2 * kv) * e, calls=8)
     view = p.lengths.packed(n.cuda)
     if n.cuda and n.compute == 2 and p.bias is None and not cfg.dropout:
-        attend_flat(w, p, cfg, p.lengths)
+        attend_flat(w, p, own, p.lengths)
     else:
         masked = mask_bytes(view, p.causal, cfg.window) > 0
-        attend(w, p, cfg, (view, view), masked, (q_needs, k_needs, v_needs))
+        attend(w, p, own, (view, view), masked, (q_needs, k_needs, v_needs))
     if reads is not None:
         w.moves(2 * few * inner * e, (tokens + few) * inner * e, calls=2)
     below = q_needs or k_needs or v_needs
@@ -204,13 +208,13 @@ def cross(w: Work, p: Scene, cfg: c.Attention, reads: int | None) -> None:
     n, source, e = p.numbers, p.source, p.numbers.compute
     assert source is not None
     inner, kv = cfg.heads * cfg.head_dim, cfg.kv * cfg.head_dim
-    rows, outer = p.rows if reads is None else n.rows(reads), n.rows(source.total)
+    rows, outer, own = p.read(reads), p.of(n.rows(source.total)), apart(cfg, p.context)
     linear(w, rows, (p.dim, inner), cfg.bias, n, "cross.q", True)
     merged(w, outer, p.dim, [("cross.k", kv), ("cross.v", kv)], cfg.bias, n, True)
-    norm(w, cfg.qk_norm, rows * inner + source.total * kv)
+    norm(w, cfg.qk_norm, rows * inner + outer * kv)
     w.backward.update({"bytes": 3 * source.total * p.dim * e, "calls": 1})  # added to the other blocks' gradient
     columns = source.padded()
-    attend(w, p, cfg, (p.lengths.padded(), columns), not columns.full, (True, True, True))
+    attend(w, p, own, (p.lengths.padded(), columns), not columns.full, (True, True, True))
     linear(w, rows, (inner, p.dim), cfg.out_bias, n, "cross.out", True)
 
 
@@ -238,7 +242,7 @@ def residual(w: Work, p: Scene, cfg: c.Block, normed: bool, rows: int) -> None:
 
 def halves(cfg: c.Block, p: Scene, reads: int | None, needs: bool) -> tuple[Work, Work]:
     """Of a block: up to its feed-forward, and that. `needs`: whether what it reads has a gradient."""
-    rows = p.rows if reads is None else p.numbers.rows(reads)
+    rows = p.read(reads)
     first, second = Work(), Work()
     needs = attention(first, p, cfg.attention, reads, needs or p.numbers.learns) or needs
     residual(first, p, cfg, not cfg.skip_first_norm, p.rows)

@@ -156,8 +156,8 @@ def gradients(
         cached_gradients(model, objective, batches, seed, totals)
         return totals
     for i, batch in enumerate(batches):
-        place = (i,) if world.size == 1 else (i, world.part)
-        torch.manual_seed(seed_for(seed, *place))  # dropout follows from (seed, step, micro-batch, part)
+        place = (i,) if world.size == 1 else (i, world.rank // world.tensor)
+        torch.manual_seed(seed_for(seed, *place))  # dropout follows from (seed, step, micro-batch, part of the tokens)
         backward(objective.loss(model, batch), totals, walk, batch.stands_in)
     return totals
 

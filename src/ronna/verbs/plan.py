@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ronna.planned import AnyRun
 
 SHARE = 0.98  # of the memory that may be planned with
+LENGTHY = 4096  # tokens of a text that ranks may share
 SIZES = 40  # to compare where time decides
 TRIALS, CLOSE, CAREFUL = 5, 0.03, 1.1  # of a plan; what may be left of the room; what one took that had too little
 OF_A_RUN = set("verb model hardware memory machine network precision exact probe price tokens hours write".split())
@@ -196,7 +197,8 @@ def shared(subject: Subject, work: Work) -> Iterator[Work]:
         yield work
         return
     whole = work.step.adapter is None
-    found = list(layouts(work.model, subject.devices, subject.device.machine, work.batch, whole))
+    lengthy = work.step.lengths.length >= LENGTHY
+    found = list(layouts(work.model, subject.devices, subject.device.machine, work.batch, whole, lengthy))
     if not found:
         what = f"{work.batch} sequences a step are too few for {subject.devices} devices"
         raise RonnaError(what, where="batch", fix=f"give at least {subject.devices}")
