@@ -83,8 +83,8 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path)
                 assert case["same"], (how, name, case)
                 shards = ranks // how.get("replicate", 1) // how.get("tensor", 1)
                 least, most = (0.48, 0.8) if "tensor" in how else (0.98, 1.02)
-                if shards == 4 and name.endswith("lora"):  # whose matrices of two rows do not lie on four ranks
-                    least, most = 0.95, 1.06
+                if shards == 4:  # over which 101 words and the two rows of a LoRA cannot lie evenly
+                    least, most = 0.93, 1.06
                 assert least < case["held"] * shards < most, (how, name, case)
 
 
