@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +15,12 @@ from ronna.base.config import build, read_toml
 from ronna.base.errors import RonnaError
 from ronna.base.rates import cache_folder
 from ronna.fit import Fit, Outgrown, again, fitted, out_of_memory
+from ronna.objectives.base import Sample
 from ronna.packed import read_packed
 from ronna.plan import record
 from ronna.plan.memory import estimate
 from ronna.plan.record import Line
+from ronna.planned import heaviest
 from ronna.run import Interrupted, Training, execute, prepare_run
 from ronna.runfile import FinetuneRun, PretrainRun
 
@@ -75,6 +78,18 @@ def test_no_micro_batch_of_pretraining_is_heavier(objective, shards, tmp_path):
             assert len(batch.tokens) <= 1.1 * step.lengths.total
             assert objective == "clm" or len(batch.predict) <= 1.25 * step.predicted
             assert batch.source is None or len(batch.source) <= 1.1 * step.source.total
+
+
+def test_rows_of_several_documents_are_heavier_than_those_of_one():
+    documents = [[64], [64], [40, 24], [30, 34], [64], [64]]  # lengths in each row
+
+    class Plain:
+        def samples(self, item, rng):
+            return [Sample(np.zeros(n)) for n in item]
+
+    shape = heaviest(documents, Plain(), None, None)(2)
+    assert (shape.lengths.sequences, shape.lengths.total) == (4, 128)
+    assert heaviest(documents[:1], Plain(), None, None)(2).lengths.total == 64  # fewer rows than a batch has
 
 
 @pytest.mark.parametrize("train", [{}, {"micro_batch": 3}, {"batch_tokens": 100}])

@@ -1,7 +1,7 @@
 """From a run to what the planner is asked: its model, its step, and the heaviest micro-batch that it will meet."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from ronna.data.loader import sample_rng
 from ronna.model import config as c
 from ronna.model.families import PRESETS, Family, preset, read_config, with_dropout
 from ronna.model.recompute import Count
-from ronna.objectives.base import Objective, Sample
+from ronna.objectives.base import Objective
 from ronna.objectives.denoise import DenoiseConfig
 from ronna.objectives.mlm import MLMConfig
 from ronna.peft.adalora import AdaLoraConfig
@@ -35,6 +35,7 @@ from ronna.train.lean import Apollo
 from ronna.train.optim import SGD, OptimizerConfig
 
 AnyRun = PretrainRun | FinetuneRun
+LOOKED_AT = 8  # batches of rows
 
 
 def work_of(
@@ -114,19 +115,35 @@ def adapter_of(config: PeftConfig) -> Adapter:
 def heaviest(
     data: Sequence[Any], objective: Objective, lengths: np.ndarray | None, batch_tokens: int | None
 ) -> Callable[[int], Shape]:
-    """Of the longest items, or of the first where all are rows of one length. lengths: (N,) tokens of each item."""
-    order = np.arange(len(data)) if lengths is None else np.argsort(-lengths, kind="stable")
-    if batch_tokens is not None and lengths is not None:
+    """Of the longest items or, where all are rows of one length, of those that need a mask. lengths: (N,) tokens of
+    each item."""
+    if lengths is None:
+        return lambda items: max(of_rows(data, objective, items), key=masked)
+    order = np.argsort(-lengths, kind="stable")
+    if batch_tokens is not None:
         order = order[: int(np.searchsorted(np.cumsum(lengths[order]), batch_tokens)) + 1]
 
     def shape(items: int) -> Shape:
-        some = order if batch_tokens is not None else order[:items]
-        return shape_of([s for i in some for s in objective.samples(data[int(i)], sample_rng(0, int(i)))])
+        return shape_of(data, objective, order if batch_tokens is not None else order[:items])
 
     return shape
 
 
-def shape_of(samples: list[Sample]) -> Shape:
+def of_rows(data: Sequence[Any], objective: Objective, items: int) -> Iterator[Shape]:
+    """Of batches from the first to the last: packing leaves documents that fill a row in front."""
+    last = max(0, len(data) - items)
+    for start in sorted({last * i // (LOOKED_AT - 1) for i in range(LOOKED_AT)}):
+        yield shape_of(data, objective, range(start, min(start + items, len(data))))
+
+
+def masked(shape: Shape) -> tuple[bool, int]:
+    """What makes one batch of rows heavier than another: tokens that may not all see each other, then their number."""
+    view = shape.lengths.packed(cuda=False)
+    return not (view.single and view.full), view.cells
+
+
+def shape_of(data: Sequence[Any], objective: Objective, items: Iterable[Any]) -> Shape:
+    samples = [s for i in items for s in objective.samples(data[int(i)], sample_rng(0, int(i)))]
     sources = [len(s.source) for s in samples if s.source is not None]
     predicted = [len(s.labels) for s in samples if s.labels is not None]
     return Shape(

@@ -57,7 +57,8 @@ def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | No
     paths = [("attention.k", kv), ("attention.v", kv)]
     if reads is None:
         q, k, v = merged(t, x, rows, dim, [("attention.q", inner), *paths], cfg.bias, n)
-        q = cut(t, exchanged(t, q, whole * wide, scene), whole, tokens)
+        q, k, v = all_exchanged(t, [(q, wide), (k, narrow), (v, narrow)], whole, scene)
+        q = cut(t, q, whole, tokens)
         q = norm(t, q, cfg.qk_norm, tokens * own.heads, cfg.head_dim, n)
     else:
         few, all_x = n.rows(reads), exchanged(t, x, whole * dim * n.compute, scene)
@@ -67,8 +68,9 @@ def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | No
         q = exchanged(t, q, few * wide, scene)
         q = norm(t, q, cfg.qk_norm, few * own.heads, cfg.head_dim, n)
         k, v = merged(t, x, rows, dim, paths, cfg.bias, n)
+        k, v = all_exchanged(t, [(k, narrow), (v, narrow)], whole, scene)
         q = spread(t, cut(t, q, few, reads), tokens * wide)
-    k, v = (cut(t, exchanged(t, y, whole * narrow, scene), whole, tokens) for y in (k, v))
+    k, v = (cut(t, y, whole, tokens) for y in (k, v))
     k = norm(t, k, cfg.qk_norm, tokens * own.kv, cfg.head_dim, n)
     if cfg.rotary:
         q, k = rotate(t, q, tokens, cfg.head_dim, n), rotate(t, k, tokens, cfg.head_dim, n)
@@ -84,6 +86,15 @@ def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | No
     y = linear(t, y, scene.read(reads), (inner, dim), cfg.out_bias, n, "attention.out")
     t.hold(*names)
     return y
+
+
+def all_exchanged(t: Tape, maps: list[tuple[Value, int]], rows: int, scene: Scene) -> list[Value]:
+    """Maps, each with the bytes of a row that this rank gets of it, exchanged as one, and views of what comes."""
+    if scene.context == 1:
+        return [y for y, _ in maps]
+    size = rows * sum(width for _, width in maps)
+    whole = t.op(*(y for y, _ in maps), size=size, work=2 * size, back=2 * size)
+    return [t.op(whole, size=rows * width, view=True, grads=[size]) for _, width in maps]
 
 
 def exchanged(t: Tape, x: Value, size: int, scene: Scene) -> Value:
@@ -109,7 +120,8 @@ def cross(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | None) 
     memory = exchanged(t, memory, scene.of(outer) * dim * n.compute, scene)
     paths = [("cross.k", kv), ("cross.v", kv)]
     k, v = merged(t, memory, scene.of(outer), dim, paths, cfg.bias, n)
-    k, v = (cut(t, exchanged(t, y, outer * narrow, scene), outer, source.total) for y in (k, v))
+    k, v = all_exchanged(t, [(k, narrow), (v, narrow)], outer, scene)
+    k, v = (cut(t, y, outer, source.total) for y in (k, v))
     k = norm(t, k, cfg.qk_norm, source.total * own.kv, cfg.head_dim, n)
     names = [x, q, k, v]
     columns = source.padded()
