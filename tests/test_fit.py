@@ -19,7 +19,9 @@ from ronna.objectives.base import Sample
 from ronna.packed import read_packed
 from ronna.plan import record
 from ronna.plan.memory import estimate
+from ronna.plan.ranks import Ranks
 from ronna.plan.record import Line
+from ronna.plan.weights import weights as weights_of
 from ronna.planned import heaviest
 from ronna.run import Interrupted, Training, execute, prepare_run
 from ronna.runfile import FinetuneRun, PretrainRun
@@ -100,6 +102,18 @@ def test_no_micro_batch_of_finetuning_is_heavier(tiny_bert, tmp_path, train):
     assert 0.7 * step.lengths.total <= max(seen) <= step.lengths.total
     assert training.fit.work.model == training.parts.model.cfg
     assert step.token_rows == len(training.parts.used)
+
+
+def test_the_share_of_the_matrix_rate(shards, tmp_path, monkeypatch):
+    fit = plan_of(settings("clm", shards, tmp_path / "run"))
+    model, step = fit.work.model, fit.work.step
+    card = replace(fitting.this_machine("cpu"), rates={"fp32": 1e12, "bf16": 1e12})
+    monkeypatch.setattr(fitting, "this_machine", lambda kind: card)
+    weights = sum(w.size for w in weights_of(model) if w.inside and w.columns) + model.dim * model.embedding.vocab
+    attention = 6 * model.dim * len(model.last.blocks) * step.lengths.total / step.lengths.sequences
+    assert fit.utilisation(1000.0) == pytest.approx(1000 * (6 * weights + attention) / 1e12, rel=0.1)
+    shared = replace(fit, work=replace(fit.work, step=replace(step, ranks=Ranks(context=2))))
+    assert shared.utilisation(500.0) == pytest.approx(fit.utilisation(500.0), rel=0.05)
 
 
 def test_an_evaluation_of_a_limited_run_has_the_tokens_of_a_micro_batch(tiny_bert, tmp_path):

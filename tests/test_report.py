@@ -88,7 +88,7 @@ def test_report_json_has_what_is_promised(tmp_path):
     write_report(tmp_path, build_report(test=scores(), **fields()))
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["test"]["accuracy"].keys() == {"value", "low", "high"}
-    assert report["train"].keys() == {"steps", "tokens", "seconds", "tokens_per_second", "packing"}
+    assert report["train"].keys() == {"steps", "tokens", "seconds", "tokens_per_second", "packing", "devices", "mfu"}
     assert report["memory"].keys() == {"peak_bytes", "planned_bytes", "held"}
     assert report["data"].keys() == {"rows_in", "kept", "quarantined", "cut", "windowed", "dropped"}
     assert report["task"] == "classify" and report["config_hash"] == "0123abcd"

@@ -21,9 +21,9 @@ from ronna.parallel.world import ALONE, World
 from ronna.plan import record
 from ronna.plan.hardware import gib, parse_bytes
 from ronna.plan.memory import estimate
-from ronna.plan.ranks import Ranks
+from ronna.plan.ranks import Ranks, divided
 from ronna.plan.search import Work, search
-from ronna.plan.time import step_time
+from ronna.plan.time import flops, step_time
 from ronna.planned import AnyRun, heaviest, micro_of, with_plan, work_of
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.trial import warm_up
@@ -80,6 +80,14 @@ class Fit:
         """Of the heaviest micro-batch."""
         step = self.work.at(self.work.step, micro_of(self.run))
         return step.lengths.total + (step.source.total if step.source else 0)
+
+    def utilisation(self, rate: float) -> float:
+        """Of a device's matrix products, where each has so many tokens a second: the share of the rate that is known of
+        them which is spent on what the model cannot do without (MFU, Chowdhery et al. 2022)."""
+        step = self.work.step
+        ranks = step.ranks
+        each = flops(divided(self.work.model, ranks), replace(step, micro_batches=1)) / self.tokens
+        return each * rate * ranks.context * ranks.tensor / this_machine(step.device).rates[step.compute]
 
     def outgrown(self, measured: int | None) -> None:
         """Note what the process held when the run was ended; None where nobody knows."""

@@ -46,13 +46,16 @@ class Part(BaseModel):
 
 
 class Train(Part):
-    """`tokens` are real tokens; `packing` is real tokens over the positions computed."""
+    """`tokens` are real tokens; `packing` is real tokens over the positions computed. `mfu` is the share of a device's
+    rate of matrix products, as far as anybody knows it, that went into those which the model cannot do without."""
 
     steps: int
     tokens: int
     seconds: float
     tokens_per_second: float
     packing: float | None = None
+    devices: int = 1
+    mfu: float | None = None
 
 
 class Memory(Part):

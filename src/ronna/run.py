@@ -20,7 +20,7 @@ from ronna.base.config import dump_toml
 from ronna.base.device import choose_device, choose_precision, peak_bytes, seed_for
 from ronna.base.errors import RonnaError
 from ronna.base.heap import Heap, keep_few_kernels
-from ronna.base.track import Tracker, Unheard, say
+from ronna.base.track import Tracker, say
 from ronna.compatible import refuse_apart, refuse_shared
 from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
 from ronna.model.compiled import compile_blocks, wants_compile
@@ -167,10 +167,11 @@ class Training:
                 loop.hooks.append(FirstStep(parts.model, lambda: peak * first(), update.gradient_norm))
             return loop.train()
 
-    def tracker(self) -> Tracker | Unheard:
-        """What a run's numbers go to; its folder is there then, and its run file in it."""
+    def tracker(self) -> Tracker:
+        """What a run's numbers go to; its folder is there then, and its run file in it. Of several ranks each but the
+        first has a folder of its own, with the numbers of all, its own memory, and when it came so far."""
         if not self.world.main:
-            return Unheard()
+            return Tracker(self.out / "ranks" / f"rank-{self.world.rank:03d}", quiet=True)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "run.toml").write_text(dump_toml(self.run), encoding="utf-8")
         track = self.run.track
@@ -252,7 +253,7 @@ class Training:
             **kinds,
             test=scores.get("test"),
             validation=scores.get("validation", last),
-            train=training_account(progress),
+            train=training_account(progress, self.world, self.fit),
             memory={
                 "peak_bytes": peak,
                 "planned_bytes": None if self.fit is None else self.fit.planned,
@@ -278,15 +279,18 @@ def let_go(model: Transformer) -> None:
     gc.collect()
 
 
-def training_account(p: Progress) -> dict[str, Any]:
+def training_account(p: Progress, world: World, fit: Fit | None) -> dict[str, Any]:
+    rate = p.tokens / max(p.seconds, 1e-9)
     return {
         "steps": p.step,
         "best_step": p.best_step,
         "tokens": p.tokens,
         "seconds": round(p.seconds, 3),
-        "tokens_per_second": round(p.tokens / max(p.seconds, 1e-9), 1),
+        "tokens_per_second": round(rate, 1),
         "packing": round(p.tokens / max(p.positions, 1), 5),
         "skipped_steps": p.skipped,
+        "devices": world.size,
+        "mfu": None if fit is None else round(fit.utilisation(rate / world.size), 4),
     }
 
 

@@ -156,7 +156,22 @@ def test_rank_0_reports_for_all_and_both_stop_where_one_is_asked_to(trained):
     alone = json.loads((root / "alone" / "report.json").read_text())
     for key in ("tokens", "steps"):
         assert report["train"][key] == alone["train"][key]
+    assert (report["train"]["devices"], alone["train"]["devices"]) == (2, 1)
+    assert 0 < report["train"]["mfu"] < 1 and 0 < alone["train"]["mfu"] < 1
     assert 0 < report["memory"]["planned_bytes"] < alone["memory"]["planned_bytes"]
+
+
+def test_each_rank_leaves_word_of_its_own(trained):
+    root, *_ = trained
+    mine, others = (
+        [json.loads(line) for line in (root / "whole" / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (".", "ranks/rank-001")
+    )
+    assert [(r["step"], r["kind"], r["loss"]) for r in mine] == [(r["step"], r["kind"], r["loss"]) for r in others]
+    assert any(
+        a["memory_bytes"] != b["memory_bytes"] for a, b in zip(mine, others, strict=True) if a["kind"] == "train"
+    )
+    assert not (root / "alone" / "ranks").exists()
 
 
 def test_losses_are_those_of_one_process(trained):

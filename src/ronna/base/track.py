@@ -160,22 +160,6 @@ class Tracker:
         return "  ".join(parts)
 
 
-class Unheard:
-    """The tracker of a rank that another one speaks for."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def resume(self, step: int) -> None:
-        pass
-
-    def log(self, step: int, numbers: Numbers, kind: str = "train") -> None:
-        pass
-
-
 class _LineFile:
     """Appends whole lines or nothing: a full disk or a kill leaves at most one torn line, the last."""
 
