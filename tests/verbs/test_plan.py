@@ -122,7 +122,9 @@ def test_a_long_text_for_several_devices() -> None:
 
 def test_what_one_device_cannot_hold_many_can(capsys: pytest.CaptureFixture[str]) -> None:
     question: dict[str, Any] = {"model": "llama-3-8b", "exact": True, "length": 2048, "memory": "32GiB"}
-    assert "nothing fits" in refused(**question, hardware="a100-80gb")
+    said = refused(**question, hardware="a100-80gb")
+    assert "nothing fits" in said and "--hardware 2xa100-80gb" in said
+    assert "more devices" not in refused(model="llama-3-8b", memory="2GiB", hardware="cpu")
     answer = ask(**question, hardware="8xa100-80gb")
     assert answer["plans"][0]["fits"] and not answer["plans"][-1]["fits"]
     said = capsys.readouterr().err

@@ -73,18 +73,20 @@ def plan(question: PlanRun) -> dict[str, Any]:
     if best is None:
         lacking = answer.plans[0]
         what = f"nothing fits: the leanest way ({lacking.name}) lacks {gib(lacking.missing)} of {gib(where.memory)}"
-        raise RonnaError(what, where=answer.title, fix=advice(question))
+        raise RonnaError(what, where=answer.title, fix=advice(question, devices, where))
     if question.write is not None:
         write(question, run, answer, best)
     return answer.as_json()
 
 
-def advice(question: PlanRun) -> str:
+def advice(question: PlanRun, devices: int, where: Device) -> str:
     ways = ["a smaller --batch or --length"]
     if question.peft is None:
         ways.insert(0, "an adapter (--peft lora)")
     elif question.quantize is None:
         ways.insert(0, "weights in 4 bits (--quantize nf4)")
+    if any(card.name == where.name for card in CARDS):
+        ways.append(f"more devices (--hardware {2 * devices}x{where.name})")
     return f"try {', '.join(ways)}, more memory, or ask for the largest model that fits (--largest)"
 
 
