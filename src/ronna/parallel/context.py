@@ -21,20 +21,16 @@ from ronna.base.errors import RonnaError
 from ronna.model import config as c
 from ronna.model.group import Group
 from ronna.model.transformer import Block, Transformer
-from ronna.parallel.passes import Pass, Step, even, gathered, padded, part, scattered, to_channels, to_rows, total
+from ronna.parallel.passes import PassingGroup, even, gathered, padded, part, scattered, to_channels, to_rows, total
 
 
-class ContextGroup(Group):
+class ContextGroup(PassingGroup):
     """inner: of the ranks that divide the matrices of each rank of this group, and maybe its rows once more."""
 
     def __init__(self, group: dist.ProcessGroup, inner: Group, rows: int):
         """rows: what their number is to be a multiple of."""
         self.group, self.inner, self.multiple = group, inner, rows
         self.size = inner.size
-
-    def through(self, x: Tensor, there: Step, back: Step) -> Tensor:
-        passed: Tensor = Pass.apply(x, there, back, self.group)
-        return passed
 
     def split(self, x: Tensor) -> Tensor:
         return self.inner.split(self.through(even(x, self.multiple), part, padded))

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ronna.model.group import Group
+
 # Of torch 2.13, and by their names before.
 gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -86,3 +88,13 @@ class Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.back(gradient, ctx.group)[: ctx.rows], None, None, None
+
+
+class PassingGroup(Group):
+    """Ranks of one process group."""
+
+    group: dist.ProcessGroup
+
+    def through(self, x: Tensor, there: Step, back: Step) -> Tensor:
+        passed: Tensor = Pass.apply(x, there, back, self.group)
+        return passed

@@ -18,10 +18,9 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
-from ronna.model.group import Group
 from ronna.model.layers import Linear
 from ronna.model.transformer import Transformer
-from ronna.parallel.passes import Pass, Step, gathered, part, same, scattered, total
+from ronna.parallel.passes import PassingGroup, gathered, part, same, scattered, total
 
 HEADS = {"q": 0, "k": 0, "v": 0, "out": 1}
 # The dimension of its weight in which a map is divided: its outputs, or its inputs.
@@ -31,15 +30,11 @@ PER_HEAD = ("attention.q_norm", "attention.k_norm", "cross.q_norm", "cross.k_nor
 BETWEEN = ("attention_norm", "cross_norm", "ffn_norm")  # of what is divided by rows, if that is
 
 
-class TensorGroup(Group):
+class TensorGroup(PassingGroup):
     """rows: whether each rank keeps some of the rows of the states between divided maps."""
 
     def __init__(self, group: dist.ProcessGroup, rows: bool):
         self.group, self.by_rows, self.size = group, rows, group.size()
-
-    def through(self, x: Tensor, there: Step, back: Step) -> Tensor:
-        passed: Tensor = Pass.apply(x, there, back, self.group)
-        return passed
 
     def split(self, x: Tensor) -> Tensor:
         return self.through(x, part, gathered) if self.by_rows else x

@@ -153,6 +153,11 @@ def loss_parts(model: c.Model, step: Step) -> Events:
     return ends.chunks(*loss_sizes(model, step), step.numbers)
 
 
+def scene_of(model: c.Model, stack: c.Stack, lengths: Lengths, source: Lengths | None, step: Step) -> Scene:
+    within, context = step.ranks.within, step.ranks.context
+    return Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside, within, context)
+
+
 def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
     """In order, without the vocabulary loss."""
     n, keep, memory, number = step.numbers, step.keeps_gradients, 0, 0
@@ -173,16 +178,7 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
         yield Stretch(f"{name}'s embedding", profile, rows=by_rows, added=added, parts=((t, (x,)),))
         there = True
         cross = step.source if last else None
-        scene = Scene(
-            model.dim,
-            lengths,
-            cross,
-            stack.causal,
-            stack.relative_bias,
-            step.inside,
-            step.ranks.within,
-            step.ranks.context,
-        )
+        scene = scene_of(model, stack, lengths, cross, step)
         for i, (a, b, holes) in enumerate(halves(stack, scene, reads, x.needs, keep)):
             where = f"{name} block {i}"
             if number < step.blocks:

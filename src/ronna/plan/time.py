@@ -16,7 +16,7 @@ from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
 from ronna.plan.ranks import blocks, divided, sent, share
 from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
-from ronna.plan.stretches import Step, Table, read_positions
+from ronna.plan.stretches import Step, Table, read_positions, scene_of
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
 from ronna.plan.work import PRODUCTS, Scene, Work, embedding, halves, heads, norm, total, vocabulary
 
@@ -187,16 +187,7 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
         reads = read_positions(model, step) if last else None
         done.add(embedding(model, stack, lengths, n, table.sparse))
         source = step.source if last else None
-        part = Scene(
-            model.dim,
-            lengths,
-            source,
-            stack.causal,
-            stack.relative_bias,
-            step.inside,
-            step.ranks.within,
-            step.ranks.context,
-        )
+        part = scene_of(model, stack, lengths, source, step)
         for one, two in of_blocks(stack, part, reads):
             repeated = (one, two) if number < step.blocks else (two,) if number < step.blocks + step.feeds else ()
             for half in repeated:
