@@ -39,6 +39,7 @@ def obstacles(run: PretrainRun | FinetuneRun) -> list[tuple[str, str]]:
             ("task.kind", f"the task {run.task.kind}", run.task.kind in ("embed", "dpo")),
             ("search", "a search", run.search is not None),
             ("peft.kind", "adalora", run.peft is not None and run.peft.kind == "adalora"),
+            ("parallel.pipeline", "an adapter on a pipeline", run.peft is not None and run.parallel.pipeline > 1),
             ("parallel.tensor", "an adapter of this kind on divided matrices", divided),
         ]
     return [(where, what) for where, what, asked in found if asked]

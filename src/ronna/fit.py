@@ -130,7 +130,9 @@ def fitted(
 
 def ranks_of(world: World) -> Ranks:
     shards = world.size // world.copies // world.together
-    return Ranks(world.copies, shards, world.tensor, world.sequence, world.context)
+    return Ranks(
+        world.copies, shards, world.tensor, world.sequence, world.context, world.pipeline, world.chunks
+    )  # fmt: skip
 
 
 def work_for(run: AnyRun, data: Labelled | Packed, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Work:

@@ -240,7 +240,8 @@ def with_plan(run: AnyRun, plan: Plan, work: Work) -> AnyRun:
         train["recompute"] = {"blocks": step.blocks, "feeds": step.feeds}
     train |= {"weights": step.weights, "fused_backward": step.fused_backward, "offload": list(step.offload)}
     if ranks.size > 1:
-        degrees = {"replicate": ranks.replicate, "context": ranks.context, "tensor": ranks.tensor}
+        names = ("replicate", "pipeline", "chunks", "context", "tensor")
+        degrees = {name: getattr(ranks, name) for name in names}
         tree["parallel"] = {**tree.get("parallel", {}), **degrees}
     if not step.clip:
         train["clip"] = 0.0

@@ -29,6 +29,7 @@ from ronna.model.init import on_cpu
 from ronna.model.recompute import recompute_blocks
 from ronna.model.transformer import Transformer
 from ronna.packed import Packed, read_packed
+from ronna.parallel.pipeline import absent
 from ronna.parallel.sharded import allot_shards, is_sharded, shard
 from ronna.parallel.world import ALONE, World, joined
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
@@ -132,7 +133,7 @@ class Training:
         ways = stepping(parts.model, run.optim, run.train, parts.used, self.shelf)
         named, optimizers, update = ways.named, ways.optimizers, ways.update
         if self.checkpoint is not None:
-            stored = Resharded(self.checkpoint.tensors("optimizer"), dict(named()))
+            stored = Resharded(self.checkpoint.tensors("optimizer"), dict(named()), absent(parts.model))
             load_optimizer_tensors(optimizers, named(), stored)
         root = self.out / "checkpoints"
         keeper = Checkpointer(root, hashes=self.hashes, report=say, keep=run.train.keep, world=self.world)

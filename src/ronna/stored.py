@@ -17,6 +17,7 @@ from ronna.model.families import read_config, read_config_json
 from ronna.model.folder import Loaded, is_language_model, load_folder, load_weights, save_config, save_folder
 from ronna.model.fourbit import Quantize
 from ronna.model.tensorfiles import fingerprint
+from ronna.parallel.pipeline import whole_state
 from ronna.parallel.sharded import gathered
 from ronna.parallel.world import ALONE, World
 from ronna.peft.changes import activate
@@ -41,7 +42,7 @@ class Store:
         """A folder that transformers (or peft) loads, the tokenizer in it: by rank 0, which the others help. Raises
         OSError where the disk refuses."""
         model = self.parts.model
-        state = model.state_dict() if self.parts.peft is None else dict(trained(model))
+        state = whole_state(model) if self.parts.peft is None else dict(trained(model))
         with gathered(state, self.world) as whole:
             if whole is not None:
                 self.write_state(folder, whole)

@@ -63,6 +63,8 @@ def off(name: str, case: dict, divided: object, double: bool) -> float:
         (2, [{"context": 2}]),
         (4, [{"replicate": 2}, {"tensor": 2}]),
         (4, [{"context": 4}, {"context": 2, "tensor": 2}]),
+        (2, [{"pipeline": 2}, {"pipeline": 2, "chunks": 2}]),
+        (4, [{"pipeline": 2}, {"pipeline": 2, "tensor": 2}, {"pipeline": 2, "context": 2}]),
     ],
 )
 def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path):
@@ -74,7 +76,7 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path)
                 assert narrow["far"] < 0.02, narrow
                 assert narrow["gathered"] == ["torch.bfloat16"] and narrow["added up"] == ["torch.float32"]
             assert (narrow is not None) == (how == {} and not double)
-            assert len(cases) == (12 if how == {"context": 2} else 9)
+            assert len(cases) == (12 if how == {"context": 2} else 6 if "pipeline" in how else 9)
             for name, case in cases.items():
                 bound = 1e-10 if double else 1e-6
                 assert case["loss"] < 1e-6 and case["norm"] < 1e-6, (how, name, case)  # which are added up in single
@@ -220,8 +222,8 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks(trained, tmp_path):
         assert all((found[n] - t).abs().max() < 1e-4 for n, t in wanted.items())
 
 
-@pytest.mark.parametrize("how", ["tensor", "context"])
-def test_a_run_goes_on_with_divided_matrices_or_texts(how, trained, tmp_path):
+@pytest.mark.parametrize("how", ["tensor", "context", "pipeline"])
+def test_a_run_goes_on_with_divided_matrices_texts_or_blocks(how, trained, tmp_path):
     root, _, data = trained
     out = tmp_path / "out"
     shutil.copytree(root / "whole", out)
@@ -275,7 +277,12 @@ def test_from_the_command_line(shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("replicate", "hold copies"), ("context", "share a text"), ("tensor", "divide a model's matrices")],
+    [
+        ("replicate", "hold copies"),
+        ("context", "share a text"),
+        ("tensor", "divide a model's matrices"),
+        ("pipeline", "pass micro-batches on"),
+    ],
 )
 def test_degrees_need_ranks(name, what):
     with (

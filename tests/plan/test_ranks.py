@@ -6,10 +6,12 @@ import pytest
 
 from ronna.model import config as c
 from ronna.model.families import preset
+from ronna.parallel.pipeline import bounds, one_forward_one_backward
 from ronna.plan.hardware import device
-from ronna.plan.memory import estimate
+from ronna.plan.memory import estimate, estimate_stage
 from ronna.plan.ranks import ALONE, Ranks, apart, around, block_sizes, divided, divides, layouts, sent, share
 from ronna.plan.shapes import Adapter, Lengths
+from ronna.plan.stages import blocks_of, on_their_way, stages, with_blocks
 from ronna.plan.stretches import Step
 from ronna.plan.time import step_time
 from ronna.plan.weights import Weight, weights
@@ -22,14 +24,23 @@ def step(ranks: Ranks = ALONE, sequences: int = 4, **more: object) -> Step:
 
 
 def test_layouts_divide_the_devices_and_stay_within_a_machine() -> None:
-    found = list(layouts(LLAMA, 64, 8, most_parts=64))
-    assert len(found) == len(set(found))
+    everything = list(layouts(LLAMA, 64, 8, most_parts=64))
+    assert len(everything) == len(set(everything)) and all(r.size == 64 for r in everything)
+    found = [r for r in everything if r.pipeline == 1]
     assert all(r.size == 64 and r.tensor <= 8 and divides(LLAMA, r.tensor) for r in found)
     assert {Ranks(1, 64, 1), Ranks(8, 8, 1), Ranks(64, 1, 1), Ranks(1, 8, 8), Ranks(8, 2, 4)} <= set(found)
-    assert all(r.tensor == 1 for r in layouts(LLAMA, 64, 8, 64, tensor=False))
+    assert all(r.tensor == r.pipeline == 1 for r in layouts(LLAMA, 64, 8, 64, whole=False))
     assert all(r.parts <= 16 for r in layouts(LLAMA, 64, 8, most_parts=16))
-    assert not list(layouts(LLAMA, 64, 8, most_parts=4))
-    assert list(layouts(LLAMA, 2, 1, 8)) == [Ranks(1, 2, 1), Ranks(2, 1, 1)]
+    assert not [r for r in layouts(LLAMA, 64, 8, most_parts=4) if r.pipeline == 1]
+    assert list(layouts(LLAMA, 2, 1, 8)) == [Ranks(1, 2, 1), Ranks(2, 1, 1), Ranks(pipeline=2)]
+
+
+def test_layouts_with_a_pipeline() -> None:
+    found = [r for r in layouts(LLAMA, 64, 8, most_parts=64) if r.pipeline > 1]
+    assert {r.pipeline for r in found} == {2, 4, 8}  # of 8 blocks
+    assert {Ranks(1, 8, pipeline=8), Ranks(1, 4, 8, pipeline=2), Ranks(4, 1, 8, pipeline=2)} <= set(found)
+    assert all(r.parts * r.pipeline <= 64 for r in found)  # else most of the time is waited for others
+    assert all(r.pipeline == 1 for r in layouts(T5, 8, 8, 8))
 
 
 def test_layouts_in_which_texts_are_shared() -> None:
@@ -37,7 +48,7 @@ def test_layouts_in_which_texts_are_shared() -> None:
     assert len(found) == len(set(found)) and set(layouts(LLAMA, 16, 8, 16)) < set(found)
     assert all(r.size == 16 and r.context * r.tensor <= 8 for r in found)
     assert {Ranks(1, 2, context=8), Ranks(2, 1, context=8), Ranks(1, 4, 2, context=2)} <= set(found)
-    assert {r.parts for r in layouts(LLAMA, 16, 8, most_parts=2, context=True)} == {2}
+    assert {r.parts for r in layouts(LLAMA, 16, 8, most_parts=2, context=True) if r.pipeline == 1} == {2}
     assert all(r.context == 1 for r in layouts(preset("gpt2")[1], 8, 8, 8, context=True) if r.tensor == 4)  # 12 heads
 
 
@@ -57,8 +68,8 @@ def test_uneven_heads_are_not_divided() -> None:
 
 
 def test_the_first_rank_has_no_fewer_rows_than_any_other() -> None:
-    assert share(Weight("w", 10, 3), 4).rows == 3
-    assert share(Weight("w", 1), 4).rows == 1
+    assert share(Weight("w", 10, 3), Ranks(shard=4)).rows == 3
+    assert share(Weight("w", 1), Ranks(shard=4)).rows == 1
 
 
 def test_what_is_in_shards_falls_as_their_number() -> None:
@@ -167,3 +178,45 @@ def test_more_ranks_take_less_time_for_a_share() -> None:
     one = step_time(LLAMA, step(sequences=8), card).total
     two = step_time(LLAMA, step(Ranks(tensor=2), sequences=8), card).total
     assert 0.4 * one < two < 0.9 * one
+
+
+def test_a_pipeline_divides_the_blocks_and_waits_at_both_ends() -> None:
+    flat, deep = (estimate(LLAMA, step(ranks, micro_batches=8)) for ranks in (Ranks(shard=4), Ranks(pipeline=4)))
+    assert flat.weights == pytest.approx(deep.weights, rel=0.01)
+    assert flat.held["optimizer"] == pytest.approx(deep.held["optimizer"], rel=0.01)
+    inside = sum(w.size for w in weights(LLAMA) if w.inside)
+    assert (
+        sum(w.size for w in weights(with_blocks(LLAMA, blocks_of(8, Ranks(pipeline=4), 1))) if w.inside) * 4 == inside
+    )
+    _, card = device("h100-80gb")
+    four, eight, more = (step_time(LLAMA, step(Ranks(pipeline=4), micro_batches=m), card) for m in (4, 8, 16))
+    shares = [time.communication / (time.total - time.optimizer) for time in (four, eight, more)]
+    for share_of_it, least in zip(shares, (3 / 7, 3 / 11, 3 / 19), strict=True):  # (P - 1) / (M + P - 1)
+        assert least < share_of_it < least + 0.1  # what is sent
+    chunks = step_time(LLAMA, step(Ranks(pipeline=4, chunks=2), micro_batches=8), card)
+    assert chunks.communication < eight.communication
+
+
+def test_the_first_rank_of_a_pipeline_has_most_micro_batches_on_their_way() -> None:
+    ranks = Ranks(pipeline=4)
+    assert [on_their_way(ranks, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
+    assert [on_their_way(ranks, rank, 2) for rank in range(4)] == [2, 2, 2, 1]
+    turns = {(rank, micros): one_forward_one_backward(rank, 4, 2, micros) for rank in range(4) for micros in (4, 8, 6)}
+    for (rank, micros), some in turns.items():
+        most = max(sum(1 if t.forward else -1 for t in some[:i]) for i in range(len(some) + 1))
+        assert on_their_way(replace(ranks, chunks=2), rank, micros) == most / 2, (rank, micros)
+    first, last = stages(LLAMA, step(ranks, micro_batches=8, blocks=5, feeds=2))
+    assert (first.behind, last.behind) == (3, 0) and first.computes.head is None and last.computes.head is not None
+    assert (first.step.blocks, first.step.feeds, last.step.blocks, last.step.feeds) == (2, 0, 0, 1)
+    held = [estimate_stage(stages(LLAMA, step(ranks, micro_batches=m))[0]).peak for m in (2, 3, 4, 8)]
+    assert held[0] < held[1] < held[2] == held[3]
+    assert estimate(LLAMA, step(ranks, micro_batches=8)).peak == max(
+        estimate_stage(stage).peak for stage in stages(LLAMA, step(ranks, micro_batches=8))
+    )
+
+
+def test_blocks_lie_where_the_planner_thinks() -> None:
+    for chunks in (1, 2):
+        ranks = Ranks(pipeline=2, chunks=chunks)
+        found = [[i for part in bounds(7, 2 * chunks)[rank::2] for i in part] for rank in (0, 1)]
+        assert found == [blocks_of(7, ranks, rank) for rank in (0, 1)]

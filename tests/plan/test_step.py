@@ -151,25 +151,25 @@ def test_a_gpu_has_other_kernels() -> None:
     assert cuda.held["holes"] == 0 < cpu.held["holes"]
 
 
-def test_an_answer_takes_no_torch_and_no_time() -> None:
+def test_an_answer_takes_no_torch_and_little_work() -> None:
+    """Calls are counted, as seconds are other ones on every machine: 13,000 took 5 ms on one of 2 GHz."""
     code = (
-        "import sys, time\n"
+        "import cProfile, pstats, sys\n"
         "from ronna.model.families import preset\n"
         "from ronna.plan.memory import Step, estimate\n"
         "from ronna.plan.shapes import Lengths\n"
         "model = preset('llama-1b', num_hidden_layers=100)[1]\n"
-        "times = []\n"
-        "for _ in range(9):\n"
-        "    began = time.perf_counter()\n"
-        "    estimate(model, Step(Lengths(8, 1024), compute='bf16'))\n"
-        "    times.append(time.perf_counter() - began)\n"
-        "print('torch' in sys.modules, min(times))\n"
+        "step = Step(Lengths(8, 1024), compute='bf16')\n"
+        "estimate(model, step)\n"
+        "profile = cProfile.Profile()\n"
+        "profile.runcall(estimate, model, step)\n"
+        "print('torch' in sys.modules, pstats.Stats(profile).total_calls)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    imported, seconds = done.stdout.split()
+    imported, calls = done.stdout.split()
     assert imported == "False"
-    assert float(seconds) < 0.005
+    assert int(calls) < 13_000
 
 
 @pytest.mark.parametrize("n", [*range(1, 300), 511, 512, 1000, 4096, 5001])

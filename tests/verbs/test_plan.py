@@ -1,6 +1,7 @@
 """`ronna plan`: laptop users' questions, silly ones, and run files that it writes."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_several_devices_in_several_ways() -> None:
     question: dict[str, Any] = {"model": "qwen3-0.6b", "batch": 16, "length": 1024}
     answer = ask(**question, hardware="16xa100-80gb")
     ranks = [p["ranks"] for p in answer["plans"]]
-    assert all(r["replicate"] * r["shard"] * r["context"] * r["tensor"] == 16 for r in ranks) and len(ranks) > 4
+    degrees = ("replicate", "shard", "pipeline", "context", "tensor")
+    assert all(math.prod(r[name] for name in degrees) == 16 for r in ranks) and len(ranks) > 4
     seconds = [p["step_seconds"] for p in answer["plans"] if p["fits"]]
     assert seconds == sorted(seconds) and len(seconds) == len(ranks)
     assert all(0 <= p["waiting"] < 1 for p in answer["plans"])

@@ -1,6 +1,7 @@
 """Hugging Face model folders: config.json and safetensors, in the names and layout of transformers."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -108,7 +109,8 @@ def load_weights(model: Transformer, family: Family, folder: Path) -> None:
     """Put the weights that `save_folder` wrote of this very model back into it, one at a time. Raises RonnaError."""
     with TensorFiles(folder) as files:
         stored = Stored(files, family, str(folder))
-        places, fresh, _ = stored.match(model)
+        with torch.device("meta"):  # of several ranks this one may have some of the blocks alone
+            places, fresh, _ = stored.match(Transformer(model.cfg))
         if fresh:
             raise RonnaError(f"weights are missing: {listed(sorted(fresh))}", where=str(folder), fix=GET_ALL)
         for name, parameter in model.named_parameters():
@@ -284,12 +286,13 @@ def save_folder(
     own = model.state_dict()
     state = own if tensors is None else tensors
     bare = family.prefix if cfg.head is None and cfg.classifier is None else ""
-    names, pieces = family.names(cfg), dict[str, list[tuple[Weight, str]]]()
-    for name in parameter_names(cfg):
+    names, pieces, shapes = family.names(cfg), dict[str, list[tuple[Weight, str]]](), parameter_names(cfg)
+    for name in shapes:
         weight = locate(names, name)
         pieces.setdefault(family.stored_name(cfg, weight.name).removeprefix(bare), []).append((weight, name))
-    kinds = {key: dtype or own[parts[0][1]].dtype for key, parts in sorted(pieces.items())}
-    sizes = {key: sum(own[name].numel() for _, name in pieces[key]) * kinds[key].itemsize for key in kinds}
+    held = {key: own.get(parts[0][1], own["embedding.tokens.weight"]).dtype for key, parts in pieces.items()}
+    kinds = {key: dtype or held[key] for key in sorted(pieces)}
+    sizes = {key: sum(math.prod(shapes[name]) for _, name in pieces[key]) * kinds[key].itemsize for key in kinds}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, kinds, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
     config["dtype"] = dtype_name(dtype or own["embedding.tokens.weight"].dtype)

@@ -29,13 +29,14 @@ class Recompute(Config):
 
 def recompute_blocks(model: Transformer, config: Recompute) -> None:
     """Let blocks compute again, from now on, wherever a gradient is taken. Raises RonnaError where it has fewer."""
-    blocks = blocks_of(model)
+    blocks = [block for stack in (model.encoder, model.decoder) if stack is not None for block in stack.blocks]
     whole = counted(config.blocks, len(blocks), "blocks")
     for block in blocks[:whole]:
-        block.forward = recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = recomputed(block.forward)
     rest = blocks[whole:]
     for block in rest[: counted(config.feeds, len(rest), "feeds")]:
-        block.feed = recomputed(block.feed)  # type: ignore[method-assign]
+        if isinstance(block, Block):  # else another rank has it
+            block.feed = recomputed(block.feed)  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Legend: T tokens of a flat batch, S tokens of the source batch, C channels, V vocabulary, B sequences.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -120,13 +120,32 @@ class Stack(nn.Module):
         reads: Reads | None = None,
     ) -> Tensor:
         """States (T, C) of x (T, C), or those (M, C) that are read."""
-        x = self.group.split(sequences.widen(dropout(x, self.cfg.dropout, self.training)))
+        x = self.through(self.enter(x, sequences), range(len(self.blocks)), sequences, memory, cache, reads)
+        return self.leave(x, sequences, reads)
+
+    def enter(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """(T, C) -> the rows that blocks compute on."""
+        return self.group.split(sequences.widen(dropout(x, self.cfg.dropout, self.training)))
+
+    def through(
+        self,
+        x: Tensor,
+        blocks: Iterable[int],
+        sequences: Sequences,
+        memory: Memory | None,
+        cache: Cache | None,
+        reads: Reads | None,
+    ) -> Tensor:
+        """Some of the blocks, one after the other."""
         if self.bias is not None and cache is None:
             relative(self.bias, sequences, x.dtype, self.ahead)  # outside of any block, which may be computed twice
-        last = len(self.blocks) - 1
-        for i, (block, prefix) in enumerate(zip(self.blocks, self.prefix(), strict=True)):
+        last, prefixes = len(self.blocks) - 1, self.prefix()
+        for i in blocks:
             layer = cache.layer(i) if cache else None
-            x = block(x, sequences, self.bias, memory, layer, reads if i == last else None, prefix)
+            x = self.blocks[i](x, sequences, self.bias, memory, layer, reads if i == last else None, prefixes[i])
+        return x
+
+    def leave(self, x: Tensor, sequences: Sequences, reads: Reads | None) -> Tensor:
         x = self.group.join(x)[: sequences.tokens if reads is None else len(reads.index)]
         return dropout(self.final_norm(x), self.cfg.dropout, self.training)
 

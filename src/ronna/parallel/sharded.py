@@ -11,14 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from ronna.model.boxes import whole
-from ronna.model.transformer import Transformer
+from ronna.model.transformer import Block, Transformer
 from ronna.parallel.context import spread
+from ronna.parallel.pipeline import cut, pass_on
 from ronna.parallel.tensor import divide
-from ronna.parallel.world import World
+from ronna.parallel.world import ENDS, World
 
 ENTRIES = ("encode", "hidden", "scores", "pooled")  # the ways into a model, beside its forward pass
 
@@ -36,19 +38,27 @@ def shard(model: Transformer, world: World, compute: torch.dtype) -> None:
     # are taken one after the other.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    if world.pipeline > 1:
+        cut(model, world)
     if world.tensor > 1:
-        divide(model, world.mesh["tensor"], world.sequence)
+        ends = world.mesh if world.ends_mesh is None else world.ends_mesh
+        divide(model, world.mesh["tensor"], ends["tensor"], world.sequence)
     if world.context_mesh is not None:
         spread(model, world.context_mesh.get_group("context"))
-    mesh = world.mesh["replicate", "shard"] if world.mesh.size(0) > 1 else world.mesh["shard"]
+    mesh = around = world.mesh["replicate", "shard"] if world.copies > 1 else world.mesh["shard"]
+    if world.ends_mesh is not None:
+        around = world.ends_mesh["replicate", ENDS] if world.copies > 1 else world.ends_mesh[ENDS]
     narrow = compute if compute.itemsize < 4 else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     for stack in (model.encoder, model.decoder):
         for block in stack.blocks if stack is not None else ():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for name in ENTRIES:
+            if isinstance(block, Block):
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=around, reshard_after_forward=False)
+    for name in ENTRIES if world.pipeline == 1 else ("states",):
         register_fsdp_forward_method(model, name)
+    if world.pipeline > 1:
+        pass_on(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(float(world.context))
@@ -81,13 +91,28 @@ class Gathered(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         self.world.told(self.names.index(name))
-        return whole(self.state[name])
+        return brought(self.state[name], self.world)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state)
 
     def __len__(self) -> int:
         return len(self.state)
+
+
+def brought(tensor: Tensor, world: World) -> Tensor:
+    """All of it on rank 0, from the ranks that have it; on the others it is on "meta"."""
+    here = not tensor.is_meta
+    found = whole(tensor) if here else tensor
+    if world.pipe is None or (source := world.least(world.rank if here else world.size)) == 0:
+        return found
+    if world.main:
+        assert world.mesh is not None
+        found = torch.empty_like(tensor, device=world.mesh.device_type)
+        dist.recv(found, source)
+    elif world.rank == source:
+        dist.send(found.contiguous(), 0)
+    return found
 
 
 @contextmanager
@@ -106,5 +131,5 @@ def gathered(state: Mapping[str, Tensor], world: World) -> Iterator[Mapping[str,
     else:
         names = sorted(state)
         while (number := world.told(0)) >= 0:
-            whole(state[names[number]])
+            brought(state[names[number]], world)
         yield None

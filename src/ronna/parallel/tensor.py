@@ -65,17 +65,17 @@ class TensorGroup(PassingGroup):
         return self.through(w, same, total)
 
 
-def divide(model: Transformer, mesh: DeviceMesh, rows: bool) -> None:
+def divide(model: Transformer, mesh: DeviceMesh, ends: DeviceMesh, rows: bool) -> None:
     """Leave each rank of the mesh (one dimension) its heads, hidden channels and words and, with `rows`, its rows of
-    the states between blocks; all have the same model before. Raises RonnaError where numbers are no multiples of the
-    ranks."""
+    the states between blocks; all have the same model before. ends: the same ranks, for what stands around the blocks.
+    Raises RonnaError where numbers are no multiples of the ranks."""
     group = TensorGroup(mesh.get_group(), rows)
     model.embedding.group = group
-    place(model.embedding.tokens, "weight", mesh, Shard(0))
+    place(model.embedding.tokens, "weight", ends, Shard(0))
     if model.head is not None:
         model.head.group = group
-        place(model.head.logits, "weight", mesh, Shard(0))
-        place(model.head.logits, "bias", mesh, Shard(0))
+        place(model.head.logits, "weight", ends, Shard(0))
+        place(model.head.logits, "bias", ends, Shard(0))
         model.tie()
     for stack in (model.encoder, model.decoder):
         if stack is None:
@@ -84,7 +84,7 @@ def divide(model: Transformer, mesh: DeviceMesh, rows: bool) -> None:
             refuse_uneven(cfg, mesh.size())
         stack.group = group
         if stack.bias is not None:
-            place(stack.bias.table, "weight", mesh, Shard(1))  # a column is a head's
+            place(stack.bias.table, "weight", ends, Shard(1))  # a column is a head's
         for block in stack.blocks:
             divide_block(block, mesh, group)
 

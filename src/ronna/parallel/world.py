@@ -7,6 +7,8 @@ started; each calls everything here at the same places in the same order, or all
 import ctypes
 import faulthandler
 import gc
+import json
+import math
 import os
 import signal
 import sys
@@ -14,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Self, TypeVar
 
@@ -29,6 +31,7 @@ from ronna.base.device import choose_device
 from ronna.base.errors import RonnaError
 
 T = TypeVar("T")
+ENDS = "ends"  # dimension of a mesh
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -36,6 +39,8 @@ class ParallelConfig(Config):
     """How a run's ranks share its model."""
 
     replicate: int = Field(1, ge=1)  # copies of the model, each in shards on its part of the ranks
+    pipeline: int = Field(1, ge=1)  # ranks that micro-batches go through, each with some of the blocks
+    chunks: int = Field(1, ge=1)  # runs of blocks that each of those ranks has: more wait less and send more
     context: int = Field(1, ge=1)  # ranks that share the tokens of the same samples
     tensor: int = Field(1, ge=1)  # ranks that divide each block's matrices, and compute on the same samples
     sequence: bool = True  # whether those ranks also divide the rows of the states between blocks
@@ -105,16 +110,23 @@ class Roll:
 
 @dataclass(frozen=True)
 class World:
-    """One rank of `size`. mesh: (replicate, shard, tensor) ranks, None where there is one alone; shards lie over the
-    ranks of a context group too. context_mesh: (the others, context, tensor)."""
+    """One rank of `size`. mesh: (replicate, shard, tensor) ranks that have the same blocks, None where there is one
+    alone; shards lie over the ranks of a context group too. ends_mesh: (replicate, ends, tensor), of what stands around
+    the blocks, which lies in shards over a pipeline's ranks too. context_mesh: (the others, context, tensor).
+    pipe: the ranks that micro-batches of this one go through, in order."""
 
     rank: int = 0
     size: int = 1
+    pipeline: int = 1
+    chunks: int = 1  # as ParallelConfig has it
     context: int = 1  # groups of `tensor` ranks, one behind the other, that have the same samples
     tensor: int = 1
     sequence: bool = True  # as ParallelConfig has it
     mesh: DeviceMesh | None = field(default=None, compare=False)
+    ends_mesh: DeviceMesh | None = field(default=None, compare=False)
     context_mesh: DeviceMesh | None = field(default=None, compare=False)
+    pipe: dist.ProcessGroup | None = field(default=None, compare=False)
+    pipe_back: dist.ProcessGroup | None = field(default=None, compare=False)  # the same ranks, for what comes back
     roll: Roll | None = field(default=None, compare=False)
     here: int = 1  # ranks on this machine
 
@@ -131,7 +143,17 @@ class World:
     @property
     def together(self) -> int:
         """Consecutive ranks that have the same samples."""
-        return self.context * self.tensor
+        return self.pipeline * self.context * self.tensor
+
+    @property
+    def stage(self) -> int:
+        """Which of its pipeline's ranks this is."""
+        return self.rank // (self.context * self.tensor) % self.pipeline
+
+    @property
+    def first_of_stage(self) -> bool:
+        """Whether no rank before this one has the same blocks."""
+        return self.rank == self.stage * self.context * self.tensor
 
     @property
     def part(self) -> int:
@@ -171,6 +193,24 @@ class World:
         dist.all_reduce(summed)
         return dict(zip(names, (summed / self.together).unbind(), strict=True))
 
+    def of_last_stage(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the last rank of this one's pipeline has; where there is none, what is given."""
+        if self.pipe is None:
+            return sums
+        last, source = self.stage == self.pipeline - 1, dist.get_process_group_ranks(self.pipe)[-1]
+        names = torch.tensor(list(json.dumps(sorted(sums)).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(names))
+        dist.broadcast(length, source, group=self.pipe)
+        names = names if last else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(names, source, group=self.pipe)
+        said = json.loads(bytes(names.tolist()))
+        values = (
+            torch.stack([sums[n].detach().double().cpu() for n in said]) if last else torch.empty(len(said)).double()
+        )
+        if said:
+            dist.broadcast(values, source, group=self.pipe)
+        return dict(zip(said, values.unbind(), strict=True))
+
     def any(self, here: bool) -> bool:
         """Whether it is so on some rank."""
         self.call()
@@ -184,6 +224,12 @@ class World:
     def at_rest(self) -> None:
         """Nobody is waiting for this rank now, however long it takes."""
         faulthandler.cancel_dump_traceback_later()
+
+    def least(self, number: int) -> int:
+        """Of what the ranks have."""
+        found = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
 
     def told(self, number: int) -> int:
         """What rank 0 has."""
@@ -211,12 +257,41 @@ def stop_with_starter() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def together_of(config: ParallelConfig) -> int:
+    """Ranks that have the same samples."""
+    return config.pipeline * config.context * config.tensor
+
+
 def refuse_uneven(config: ParallelConfig, size: int) -> None:
     copies = "one copy" if config.replicate == 1 else f"{config.replicate} copies"
-    what, together = f"{size} ranks cannot hold {copies} of a model", config.context * config.tensor
+    what, together = f"{size} ranks cannot hold {copies} of a model", together_of(config)
     what += f" divided over {together}" if together > 1 else ""
-    names = [name for name in ("replicate", "tensor", "context") if getattr(config, name) > 1]
+    names = [name for name in ("replicate", "tensor", "context", "pipeline") if getattr(config, name) > 1]
     raise RonnaError(what, where=f"parallel.{names[0]}", fix="give numbers whose product divides the ranks")
+
+
+def in_meshes(config: ParallelConfig, world: World, kind: str) -> World:
+    """This rank among the others: consecutive ones divide matrices, then share texts, then pass micro-batches on."""
+    sizes = (config.pipeline, config.context, config.tensor)
+    shards = world.size // config.replicate // math.prod(sizes)
+    ranks = torch.arange(world.size).view(config.replicate, shards, *sizes)
+    blocks = ranks.permute(2, 0, 1, 3, 4).reshape(config.pipeline, config.replicate, -1, config.tensor)
+    all_of_them = DeviceMesh(kind, blocks, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
+    ends = texts = pipe = back = None
+    if config.pipeline > 1:
+        shape = (config.replicate, world.size // config.replicate // config.tensor, config.tensor)
+        ends = init_device_mesh(kind, shape, mesh_dim_names=("replicate", ENDS, "tensor"))
+        pipe = all_of_them.get_group("pipeline")
+        pipes = [dist.new_group(some.tolist()) for some in blocks.flatten(1).T]
+        back = next(group for group in pipes if world.rank in dist.get_process_group_ranks(group))
+    if config.context > 1:
+        shape = (world.size // (config.context * config.tensor), config.context, config.tensor)
+        texts = init_device_mesh(kind, shape, mesh_dim_names=("part", "context", "tensor"))
+    return replace(
+        world, pipeline=config.pipeline, chunks=config.chunks, context=config.context, tensor=config.tensor,
+        sequence=config.sequence, mesh=all_of_them["replicate", "shard", "tensor"], ends_mesh=ends, context_mesh=texts,
+        pipe=pipe, pipe_back=back,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -227,17 +302,19 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     ranks cannot be divided as asked or the device is absent, RankLost where another one is gone or does not come.
     """
     if not started_with_others():
-        degrees = (("replicate", "hold copies of the model"), ("context", "share a text with others"))
-        for name, what in (*degrees, ("tensor", "divide a model's matrices")):
+        degrees = [("replicate", "hold copies of the model"), ("context", "share a text with others")]
+        degrees += [("tensor", "divide a model's matrices"), ("pipeline", "pass micro-batches on")]
+        for name, what in degrees:
             if getattr(config, name) > 1:
                 fix = "start more ranks: --nproc N, or torchrun"
                 raise RonnaError(f"one process cannot {what}", where=f"parallel.{name}", fix=fix)
         yield ALONE
         return
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    together = config.context * config.tensor
-    shards, left = divmod(size, config.replicate * together)
-    if left:
+    if config.chunks > 1 and config.pipeline == 1:
+        fix = "give parallel.pipeline as well"
+        raise RonnaError("a rank that has all blocks has them in one run", where="parallel.chunks", fix=fix)
+    if size % (config.replicate * together_of(config)):
         refuse_uneven(config, size)
     cuda = choose_device(device).type == "cuda"
     if cuda:
@@ -247,15 +324,9 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     roll = Roll(rank, size, config.timeout)
     try:
-        kind, names = "cuda" if cuda else "cpu", ("replicate", "shard", "tensor")
-        shape = (config.replicate, shards * config.context, config.tensor)
-        mesh, texts = init_device_mesh(kind, shape, mesh_dim_names=names), None
-        if config.context > 1:
-            shape = (size // together, config.context, config.tensor)
-            texts = init_device_mesh(kind, shape, mesh_dim_names=("part", "context", "tensor"))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         with roll:
-            yield World(rank, size, config.context, config.tensor, config.sequence, mesh, texts, roll, here)
+            yield in_meshes(config, World(rank, size, roll=roll, here=here), "cuda" if cuda else "cpu")
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
             what = f"rank {rank} has lost another one: {str(error).splitlines()[0][:200]}{roll.missing()}"

@@ -13,6 +13,7 @@ from ronna.plan.heap import REHEARSED, SMALL, SPARE, TIGHT
 from ronna.plan.inputs import inputs
 from ronna.plan.ranks import MASTER, PASSED, around, block_sizes, divided, share
 from ronna.plan.rehearsal import Rehearsal
+from ronna.plan.stages import Stage, stages
 from ronna.plan.stretches import Step, Stretch, Table, forward_pass, loss_parts, vocabulary_loss
 from ronna.plan.weights import Weight, adapted, pieces, portions, scratch, spaces, states, weights
 
@@ -46,11 +47,16 @@ class Memory:
 
 
 def estimate(model: c.Model, step: Step) -> Memory:
-    """Of a training step after the first, when the optimizer's states are there; of several ranks, on the first."""
-    model, n = divided(model, step.ranks), step.numbers
+    """Of a training step after the first, when the optimizer's states are there; of several ranks, on the fullest."""
+    found = [estimate_stage(stage) for stage in stages(divided(model, step.ranks), step)]
+    return max(found, key=lambda memory: memory.peak)
+
+
+def estimate_stage(stage: Stage) -> Memory:
+    model, step, n = stage.holds, stage.step, stage.step.numbers
     table = Table.of(model, step)
     learning = list(weights(model, table.rows)) if step.adapter is None else list(adapted(model, step.adapter))
-    learning = [share(w, step.ranks.shards) for w in learning]
+    learning = [share(w, step.ranks) for w in learning]
     width = n.weight if step.adapter is None else 4
     walk = Walk(
         weights=model_bytes(model, step) + table.copy,
@@ -62,13 +68,15 @@ def estimate(model: c.Model, step: Step) -> Memory:
     )
     if step.ranks.size > 1:
         walk.shards = Shards(model, step)
-    stretches, loss = list(forward_pass(model, step, table)), vocabulary_loss(model, step)
+    stretches, loss = list(forward_pass(stage.computes, step, table)), vocabulary_loss(stage.computes, step)
     dense = sum(w.size for w in learning) * width - (table.rows * model.dim * width if table.sparse else 0)
     inside, outside = ([w for w in learning if w.inside == within] for within in (True, False))
     beside = beside_step(step, learning, width)
     sparse = sum(s.rows for s in stretches)
     if step.micro_batches > 1 and not step.fused_backward:
         walk.now["gradients"] = dense + (step.micro_batches - 1) * sparse
+    for s in stretches:
+        walk.now["activations"] += int(stage.behind * s.profile.kept)
     forward(walk, stretches, loss)
     most = dict(walk.now)
     stepping = (beside_step(step, inside, width), beside_step(step, outside, width)) if step.fused_backward else (0, 0)
@@ -115,14 +123,15 @@ class Walk:
 
     def __init__(self, spare: float, **fixed: int):
         self.now = fixed | dict.fromkeys(PASSING, 0)
+        self.fixed = sum(fixed.values())
         self.keeps_holes = spare == SPARE  # else what is freed is given back at once
         self.spare, self.peak, self.where, self.held = spare, 0, "", dict[str, int]()
         self.tight = spare == TIGHT
         self.shards: Shards | None = None
 
     def moment(self, where: str, passing: int) -> None:
-        spare = int(self.spare * (sum(self.now[name] for name in PASSING if name != "holes") + passing))
         total = sum(self.now.values()) + passing
+        spare = int(self.spare * (total - self.fixed - self.now["holes"]))
         spare += min(SMALL, total // 4) if self.tight else 0
         total += spare
         if total > self.peak:
@@ -152,11 +161,13 @@ class Shards:
         self.ahead = 2 if step.numbers.cuda else 1  # the next one comes while one computes
         self.around = around(model) * MASTER
         self.width = step.inside.weight if step.adapter is None else PASSED
+        self.kept = step.ranks.pipeline > 1 and not self.clear  # gradients around the blocks wait for the last
         self.whole = 0  # bytes of gradients that have not been added up
 
     def begin(self, walk: Walk) -> None:
         walk.moment("gathering around the blocks", 2 * self.around)
         walk.now["gathered"] = self.around
+        walk.now["gradients"] += self.around if self.kept else 0
 
     def enter(self, walk: Walk, block: int) -> None:
         size = self.blocks[block]
@@ -247,11 +258,11 @@ def backward(walk: Walk, stretches: list[Stretch], step: Step, stepping: tuple[i
 
 def model_bytes(model: c.Model, step: Step) -> int:
     """`model`: of one rank of a tensor group."""
-    n, shards = step.numbers, step.ranks.shards
-    params = sum(share(w, shards).size for w in weights(model))
+    n = step.numbers
+    params = sum(share(w, step.ranks).size for w in weights(model))
     if step.adapter is None:
         return params * n.weight
-    own = sum(share(w, shards).size for w in adapted(model, step.adapter)) * 4
+    own = sum(share(w, step.ranks).size for w in adapted(model, step.adapter)) * 4
     coded = 0
     if step.quantize is not None:
         coded = sum(w.size for w in weights(model) if w.inside and w.columns)

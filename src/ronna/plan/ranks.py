@@ -22,21 +22,24 @@ MASTER, PASSED = 4, 4  # bytes of a weight that the optimizer has, and of a grad
 @dataclass(frozen=True)
 class Ranks:
     """Copies of the model, the shards of each with samples of their own, and the ranks that divide the blocks of each
-    shard and, with `sequence`, the rows of the states between them. context: ranks that share the tokens of a text."""
+    shard and, with `sequence`, the rows of the states between them. context: ranks that share the tokens of a text.
+    pipeline: ranks that micro-batches go through; chunks: runs of blocks that each of them has."""
 
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
     sequence: bool = True
     context: int = 1
+    pipeline: int = 1
+    chunks: int = 1
 
     @property
     def size(self) -> int:
-        return self.replicate * self.shards * self.tensor
+        return self.replicate * self.shards * self.pipeline * self.tensor
 
     @property
     def shards(self) -> int:
-        """Those that the weights of a copy lie in."""
+        """Those that the blocks of a copy, or of a stage of it, lie in."""
         return self.shard * self.context
 
     @property
@@ -56,8 +59,8 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        names = ["copies", "shards", "to a text", "to a block"]
-        counts = zip((self.replicate, self.shard, self.context, self.tensor), names, strict=True)
+        names = ["copies", "shards", "stages", "to a text", "to a block"]
+        counts = zip((self.replicate, self.shard, self.pipeline, self.context, self.tensor), names, strict=True)
         return " x ".join(f"{count} {what}" for count, what in counts if count > 1) or "alone"
 
 
@@ -65,13 +68,30 @@ ALONE = Ranks()
 
 
 def layouts(
-    model: c.Model, devices: int, machine: int, most_parts: int, tensor: bool = True, context: bool = False
+    model: c.Model, devices: int, machine: int, most_parts: int, whole: bool = True, context: bool = False
 ) -> Iterator[Ranks]:
-    """The sensible ones: groups that share blocks or texts within a machine, shards over a machine, over all, or none.
+    """The sensible ones: groups that share blocks or texts within a machine, shards over a machine, over all, or none,
+    and pipelines for which there are enough samples that more of them is done than waited for.
 
-    machine: devices of one. most_parts: samples that there are to share. tensor: whether blocks may be divided.
-    context: whether texts may be, which only long ones are worth.
+    machine: devices of one. most_parts: samples that there are to share. whole: whether all of the model learns, which
+    divided blocks and pipelines need. context: whether texts may be divided, which only long ones are worth.
     """
+    for deep in pipelines(model, devices) if whole else [1]:
+        for ranks in flat_layouts(model, devices // deep, machine, most_parts // deep, whole, context):
+            yield replace(ranks, pipeline=deep)
+
+
+def pipelines(model: c.Model, devices: int) -> list[int]:
+    """How many ranks micro-batches may go through."""
+    if model.encoder is not None and model.decoder is not None:
+        return [1]
+    return [n for n in (1, 2, 4, 8, 16) if devices % n == 0 and n <= len(model.last.blocks)]
+
+
+def flat_layouts(
+    model: c.Model, devices: int, machine: int, most_parts: int, tensor: bool, context: bool
+) -> Iterator[Ranks]:
+    """Those without a pipeline."""
     groups = [n for n in range(1, min(machine, devices) + 1) if devices % n == 0 and machine % n == 0]
     for texts in groups if context else [1]:
         for group in (n for n in groups if devices % (texts * n) == 0 and machine % (texts * n) == 0):
@@ -125,8 +145,9 @@ def divided(model: c.Model, ranks: Ranks) -> c.Model:
     return replace(model, embedding=words, encoder=encoder, decoder=decoder)
 
 
-def share(w: Weight, shards: int) -> Weight:
+def share(w: Weight, ranks: Ranks) -> Weight:
     """The first rank's rows, of which it has no fewer than any other."""
+    shards = ranks.shards if w.inside else ranks.shards * ranks.pipeline
     return w._replace(rows=-(-w.rows // shards))
 
 
@@ -157,16 +178,23 @@ class Sent(NamedTuple):
     gradients: int
     activations: int
     sums: int  # how many times activations are added up
+    handed: int  # bytes of states that a pipeline's rank gives to the next, and of their gradients
     exchanged: int  # bytes that ranks which share texts exchange around attention, of all of them
     exchanges: int
 
 
-def sent(model: c.Model, ranks: Ranks, activation: int, gathered: int, learning: int, again: int) -> Sent:
+def sent(
+    model: c.Model, ranks: Ranks, activation: int, gathered: int, learning: int, again: int, micros: int = 1
+) -> Sent:
     """`model` is that of one rank. activation: bytes of what goes into a block of the ranks that divide it. gathered:
     bytes of a block's weight as it computes. learning: weights that learn. again: halves of blocks that are computed
-    again."""
+    again. micros: micro-batches, for all of which a pipeline gathers what is around the blocks once."""
     inside = sum(block_sizes(model)) * gathered if ranks.shards > 1 else 0
-    rest = around(model) * MASTER if ranks.shards > 1 else 0
+    times = micros if ranks.pipeline > 1 else 1
+    rest = around(model) * MASTER // times if ranks.shards * ranks.pipeline > 1 else 0
+    if ranks.pipeline > 1:
+        learning = min(learning, sum(block_sizes(model))) * (ranks.shards > 1) + around(model) // times
+    handed = 2 * ranks.chunks * activation // ranks.within if ranks.pipeline > 1 else 0
     # Of every part of a block both ways, of the vectors of tokens, and of the gradient that the words' loss gives.
     sums = sum(2 + (one.cross is not None) for one in blocks(model)) * 2 + 2 + again if ranks.tensor > 1 else 0
     exchanged, exchanges = 0, 0
@@ -175,4 +203,4 @@ def sent(model: c.Model, ranks: Ranks, activation: int, gathered: int, learning:
         widths = (2 * (a.heads + a.kv) * a.head_dim for a in attentions)
         exchanged, exchanges = 2 * activation // model.dim * sum(widths), 4 * len(attentions)
         exchanged, exchanges = (n + n * again // (4 * len(blocks(model))) for n in (exchanged, exchanges))
-    return Sent(inside + rest, inside, learning * PASSED, activation * sums, sums, exchanged, exchanges)
+    return Sent(inside + rest, inside, learning * PASSED, activation * sums, sums, handed, exchanged, exchanges)

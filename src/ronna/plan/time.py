@@ -16,6 +16,7 @@ from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
 from ronna.plan.ranks import blocks, divided, sent, share
 from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
+from ronna.plan.stages import Stage, stages, waits
 from ronna.plan.stretches import Step, Table, read_positions, scene_of
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
 from ronna.plan.work import PRODUCTS, Scene, Work, embedding, halves, heads, norm, total, vocabulary
@@ -99,8 +100,13 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
     if not device.rates[step.compute]:
         fix = f'use precision = "fp32", or a device that computes {step.compute}'
         raise RonnaError(f"it computes no {step.compute}", where=f"device {device.name}", fix=fix)
-    step, model = replace(step, device=device.kind), divided(model, step.ranks)
-    parts, update = micro_batch(model, step), optimizer(model, step)
+    found = stages(divided(model, step.ranks), replace(step, device=device.kind))
+    return max((stage_time(stage, device) for stage in found), key=lambda time: time.total)
+
+
+def stage_time(stage: Stage, device: Device) -> Time:
+    model, step = stage.holds, stage.step
+    parts, update = micro_batch(stage.computes, step), optimizer(model, step)
     walks = 2 if step.fused_backward and step.clip else 1
     seconds = {
         "forward": spent(parts.forward, step, device) * step.micro_batches,
@@ -113,11 +119,15 @@ def step_time(model: c.Model, step: Step, device: Device) -> Time:
     for part, again in ((parts.forward, 1), (parts.loss, 1), (parts.backward, walks), (parts.again, walks)):
         work.update({kind: units * again * times for kind, units in part.items()})
     calls = work["calls"] * cost("calls", step, device)
+    communication = times * waiting(model, step, device, seconds)
+    if step.ranks.pipeline > 1:
+        busy = sum(seconds.values()) - seconds["optimizer"] + communication
+        communication += waits(step.ranks, times) * busy / times
     return Time(
         **seconds,
         offload=offloaded(model, step) / device.host,
         overhead=max(0.0, calls - sum(seconds.values())) if device.kind == "cuda" else calls,
-        communication=step.micro_batches * waiting(model, step, device, seconds),
+        communication=communication,
         flops=sum(work[kind] for kind in PRODUCTS),
         bytes=sum(units * width(kind, step) for kind, units in work.items()),
     )
@@ -231,7 +241,7 @@ def relative(done: Work, lengths: Lengths, heads: int, n: Numbers) -> None:
 def learning(model: c.Model, step: Step) -> list[Weight]:
     """On one rank."""
     whole = weights(model, Table.of(model, step).rows) if step.adapter is None else adapted(model, step.adapter)
-    return [share(w, step.ranks.shards) for w in whole]
+    return [share(w, step.ranks) for w in whole]
 
 
 def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, float]) -> float:
@@ -243,7 +253,7 @@ def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, fl
     tokens = step.lengths.total + (step.source.total if step.source else 0)
     width, count = step.numbers.compute, len(blocks(model))
     activation = -(-tokens // ranks.context) * model.dim * width
-    it = sent(model, ranks, activation, width, grown, 2 * step.blocks + step.feeds)
+    it = sent(model, ranks, activation, width, grown, 2 * step.blocks + step.feeds, step.micro_batches)
     together = max(1, machine // ranks.tensor)  # of a group of shards, on one machine
     copies = max(1, machine // (ranks.tensor * ranks.shards))
 
@@ -251,12 +261,16 @@ def waiting(model: c.Model, step: Step, device: Device, seconds: Mapping[str, fl
         rate = device.link if members <= here else min(device.link, device.network * here)
         return size * (members - 1) / members / rate + times * (members - 1) * HOP
 
-    forward = ring(it.forward, ranks.shards, together, count + 1)
+    members = ranks.shards if ranks.shards > 1 else ranks.pipeline  # the ends lie over both
+    forward = ring(it.forward, members, together, count + 1)
     backward = ring(it.backward, ranks.shards, together, count)
-    backward += ring(it.gradients, ranks.shards, together, count + 1)
+    backward += ring(it.gradients, members, together, count + 1)
     backward += 2 * ring(it.gradients / ranks.shards, ranks.replicate, copies, count + 1)
     in_between = 2 * ring(it.activations, ranks.tensor, machine, it.sums)
     in_between += ring(it.exchanged, ranks.context, together, it.exchanges)
+    if ranks.pipeline > 1:
+        near = ranks.pipeline * ranks.context * ranks.tensor <= machine
+        in_between += it.handed / (device.link if near else device.network) + 2 * ranks.chunks * HOP
     if device.kind == "cuda":
         each = 1 / step.micro_batches
         forward = max(0.0, forward - each * (seconds["forward"] + seconds["loss"]))

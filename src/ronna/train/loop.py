@@ -21,6 +21,7 @@ from ronna.base.errors import RonnaError
 from ronna.model.recompute import Recompute
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Objective, Totals, WholeBatch, of_whole_batch
+from ronna.parallel.pipeline import Handed, turning, turns_of
 from ronna.parallel.sharded import rest
 from ronna.parallel.world import ALONE, World
 from ronna.train.rows import EmbeddingRows
@@ -155,21 +156,47 @@ def gradients(
     if len(batches) > 1 and of_whole_batch(objective):
         cached_gradients(model, objective, batches, seed, totals)
         return totals
-    for i, batch in enumerate(batches):
-        place = (i,) if world.size == 1 else (i, world.rank // world.tensor)
-        torch.manual_seed(seed_for(seed, *place))  # dropout follows from (seed, step, micro-batch, part of the tokens)
-        backward(objective.loss(model, batch), totals, walk, batch.stands_in)
+    means: dict[tuple[int, int], Tensor | None] = {}
+    turns = turns_of(model, len(batches))
+    for turn in turns:
+        batch = batches[turn.micro]
+        with turning(model, turn, turns):
+            if turn.forward:
+                place = (turn.micro,) if world.size == 1 else (turn.micro, world.rank // world.tensor)
+                # Dropout follows from (seed, step, micro-batch, part of the tokens).
+                torch.manual_seed(seed_for(seed, *place))
+                means[turn[:2]] = mean_of(model, objective, batch, totals)
+            else:
+                go_back(means.pop(turn[:2]), walk)
+    totals.sums = world.of_last_stage(totals.sums)
     return totals
 
 
-def backward(loss: Loss, totals: Totals, walk: Backward = Tensor.backward, stands_in: bool = False) -> None:
-    """Add the gradient of the terms' means to the parameters, and their sums to the totals, whose counts divide; of a
-    batch that only stands in for others, nothing."""
+def go_back(mean: Tensor | None, walk: Backward) -> None:
+    if mean is not None:
+        walk(mean)
+
+
+def mean_of(model: Transformer, objective: Objective, batch: Batch, totals: Totals) -> Tensor | None:
+    """Of a micro-batch the mean of the loss's terms, or what stands for it where another rank goes on; None without
+    any term."""
+    if not any(totals.counts.values()):
+        return None
+    try:
+        return added(objective.loss(model, batch), totals, batch.stands_in)
+    except Handed as handed:
+        return handed.on
+
+
+def added(loss: Loss, totals: Totals, stands_in: bool = False) -> Tensor | None:
+    """The sum of the terms' means, whose sums are added to the totals, whose counts divide; of a batch that only stands
+    in for others, nothing."""
     terms = [total / totals.counts[term] for term, total in loss.sums.items() if totals.counts[term]]
-    if terms:
-        mean = torch.stack(terms).sum()
-        walk(mean * 0.0 if stands_in else mean)
     totals.add(loss.nothing() if stands_in else loss.sums | loss.stats, {})
+    if not terms:
+        return None
+    mean = torch.stack(terms).sum()
+    return mean * 0.0 if stands_in else mean
 
 
 def cached_gradients(
@@ -187,7 +214,8 @@ def cached_gradients(
 
     # With a graph, which goes at once: without one other kernels would compute, and round otherwise.
     leaves = [vectors(i).detach().requires_grad_() for i in range(len(batches))]
-    backward(objective.loss_of(torch.cat(leaves), batches), totals)
+    if (mean := added(objective.loss_of(torch.cat(leaves), batches), totals)) is not None:
+        mean.backward()
     for i, leaf in enumerate(leaves):
         if leaf.grad is not None:
             vectors(i).backward(leaf.grad)

@@ -2,12 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 from ronna.model.boxes import local, whole
+from ronna.parallel.world import ENDS
 from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
 
 Decay = Annotated[float, Field(ge=0.0)]
@@ -296,20 +298,23 @@ def _parameters(optimizer: Optimizer) -> list[Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[Parameter], max_norm: float, stages: dist.ProcessGroup | None = None) -> Tensor:
     """Scale the gradients, in place, to a total norm of at most `max_norm`; returns the norm before that.
 
     The norm is a 0-dimensional float32 tensor (float64 for float64 gradients) over all gradients together
     (Pascanu et al. 2013), accumulated in float32 even for bfloat16 gradients. Nothing here waits for the
     device: the caller reads the norm once, and skips the step when it is not finite. In that case the
-    gradients are left as they were. `math.inf` measures without clipping.
+    gradients are left as they were. `math.inf` measures without clipping. stages: ranks each of which has other blocks.
     """
     found = [p.grad for p in parameters if p.grad is not None]
     gradients = [g.values() if g.is_sparse else g for g in found]  # of a sparse one, coalesced, the rows it has
-    if not gradients:
+    if not gradients and stages is None:
         return torch.zeros(())
     dtype = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    totals = [_total_norm(some, dtype) for some in by_mesh(gradients)]
+    if stages is None:
+        totals = [_total_norm(some, dtype) for some in by_mesh(gradients)]
+    else:
+        totals = _norms_of_stages(gradients, dtype, stages)
     total = totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
     if total.device.type == "cpu" and not max_norm < float(total) < math.inf:
         return total  # nothing to scale, and on a CPU looking costs less than a pass over the gradients
@@ -322,12 +327,23 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     return total
 
 
-def _total_norm(gradients: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _norms_of_stages(gradients: list[Tensor], dtype: torch.dtype, stages: dist.ProcessGroup) -> list[Tensor]:
+    """Of what lies in shards over all stages, and of the blocks of all of them."""
+    apart = [g for g in gradients if isinstance(g, DTensor) and ENDS not in (g.device_mesh.mesh_dim_names or ())]
+    common = [g for g in gradients if isinstance(g, DTensor) and ENDS in (g.device_mesh.mesh_dim_names or ())]
+    own = [_total_norm(some, dtype) for some in by_mesh(apart)]
+    device = local(gradients[0]).device if gradients else torch.device("cpu")
+    squares = sum((norm**2 for norm in own), torch.zeros((), dtype=dtype, device=device))
+    dist.all_reduce(squares, group=stages)
+    return [squares.sqrt(), *(_total_norm(some, dtype) for some in by_mesh(common))]
+
+
+def _total_norm(gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Of gradients that lie on the same ranks."""
     if any(g.dtype != dtype for g in gradients) and gradients[0].device.type == "cpu":
         norms = tuple(norm_of(g) for g in gradients)
     else:
-        norms = torch._foreach_norm(gradients, 2.0, dtype=dtype)
+        norms = torch._foreach_norm(list(gradients), 2.0, dtype=dtype)
     return whole(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
 
 

@@ -31,9 +31,9 @@ def find_pieces(folder: Path, stem: str) -> list[Path]:
 def write_pieces(
     folder: Path, stem: str, group: Mapping[str, Tensor], world: World, written: Callable[[Tensor], object]
 ) -> None:
-    """This rank's boxes of a group of tensors; rank 0's file also has what every rank has whole. `written` is told of
-    each that is done."""
-    owns = {name: t for name, t in group.items() if world.main or (isinstance(t, DTensor) and owned(t, world))}
+    """This rank's boxes of a group of tensors; the first of those with the same blocks also has what they have whole.
+    `written` is told of each that is done."""
+    owns = {n: t for n, t in group.items() if (owned(t, world) if isinstance(t, DTensor) else world.first_of_stage)}
     places = {name: [[*t.shape], [*box_of(t).start]] for name, t in owns.items() if isinstance(t, DTensor)}
     kinds = {name: tensor.dtype for name, tensor in owns.items()}
     metadata = {PLACES: json.dumps(places)} if places else {}
@@ -95,10 +95,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class Resharded(Mapping[str, Tensor]):
-    """Stored states "parameter.key", those of a parameter's shape in parts as the parameter is now."""
+    """Stored states "parameter.key", those of a parameter's shape in parts as the parameter is now. `elsewhere` are
+    names that those of parameters which other ranks have begin with."""
 
-    def __init__(self, stored: StoredTensors, parameters: Mapping[str, Tensor]):
-        self.stored, self.parameters = stored, parameters
+    def __init__(self, stored: StoredTensors, parameters: Mapping[str, Tensor], elsewhere: tuple[str, ...] = ()):
+        self.stored, self.parameters, self.elsewhere = stored, parameters, elsewhere
 
     def __getitem__(self, name: str) -> Tensor:
         like = self.parameters.get(name.rpartition(".")[0])
@@ -110,7 +111,7 @@ class Resharded(Mapping[str, Tensor]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
+        return (name for name in self.stored if not name.startswith(self.elsewhere))
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return sum(1 for _ in self)

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ronna.model.transformer import Transformer
+from ronna.parallel.pipeline import stages_of
 from ronna.train.loop import TrainConfig
 from ronna.train.optim import OptimizerConfig, build_optimizer
 from ronna.train.portions import Portions
@@ -49,7 +50,8 @@ def stepping(
         rows = EmbeddingRows(model, used)
         named: Named = lambda: rows.named_parameters(model.named_parameters())  # noqa: E731
         optimizers = build_optimizer(optim, named())
-        return Stepping(named, optimizers, WholeUpdate(parameters, clip, rows, optimizers), elsewhere)
+        whole = WholeUpdate(parameters, clip, rows, optimizers, stages=stages_of(model))
+        return Stepping(named, optimizers, whole, elsewhere)
     rows = EmbeddingRows(model, sparse=False)
     portions = Portions(optim, model.named_parameters(), "optimizer" in config.offload, shelf)
     update: Update

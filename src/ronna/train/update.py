@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -54,15 +55,16 @@ class WholeUpdate:
         rows: EmbeddingRows,
         optimizers: list[Optimizer],
         portions: Portions | None = None,
+        stages: ProcessGroup | None = None,
     ):
-        """`portions` take the step where there are some, else `optimizers`."""
+        """`portions` take the step where there are some, else `optimizers`. stages: as `clip_gradients` has it."""
         self.parameters, self.clip, self.rows = parameters, clip, rows
-        self.optimizers, self.portions = optimizers, portions
+        self.optimizers, self.portions, self.stages = optimizers, portions, stages
 
     def __call__(self, compute: Compute, seed: int) -> Outcome:
         totals = compute(lambda loss: loss.backward())
         self.rows.merge()
-        norm = clip_gradients(self.parameters, self.clip)
+        norm = clip_gradients(self.parameters, self.clip, self.stages)
         done = usable(totals, norm)
         if done and self.portions is not None:
             for parameter in self.parameters:
