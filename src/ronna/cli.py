@@ -200,6 +200,8 @@ def add_verb(group: Any, leaf: str, name: str, verb: Verb) -> None:
     if name in ("pretrain", "finetune"):
         sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
         sub.add_argument("--nproc", type=int, metavar="N", help="train on N processes of this machine (see torchrun)")
+        where = "where they are started: local (this machine), ray (a Ray cluster)"
+        sub.add_argument("--launcher", choices=["local", "ray"], default="local", help=where)
         again = "times that all processes start again when one is lost (default 3)"
         sub.add_argument("--restarts", type=int, default=3, metavar="N", help=again)
 
@@ -223,6 +225,20 @@ def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
     return build(config, tree, where=file or "the command line")
 
 
+def launched(arguments: argparse.Namespace, config: Any, argv: Sequence[str] | None) -> int | None:
+    """The exit code of a run of several processes, None where this one is to carry it out."""
+    ranks, launcher = (getattr(arguments, name, None) for name in ("nproc", "launcher"))
+    command = sys.argv[1:] if argv is None else argv
+    if launcher == "ray":
+        if ranks is None:
+            raise RonnaError("how many ranks is not said", where="--launcher ray", fix="give --nproc N as well")
+        launch = importlib.import_module("ronna.launch_ray").launch_on_ray
+        return int(launch(ranks, command, arguments.restarts, config.out, config.device != "cpu"))
+    if ranks is None:
+        return None
+    return int(importlib.import_module("ronna.launch").launch(ranks, command, arguments.restarts))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user can mend it, 1 our fault, 143 stopped as asked."""
     arguments = parser().parse_args(argv)
@@ -231,9 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = settings(verb, arguments)
         if arguments.json and getattr(config, "output", None) == "-":
             raise RonnaError("--json and the predictions both want standard output", fix="give --output FILE")
-        if getattr(arguments, "nproc", None) is not None and "WORLD_SIZE" not in os.environ:
-            command = sys.argv[1:] if argv is None else argv
-            return importlib.import_module("ronna.launch").launch(arguments.nproc, command, arguments.restarts)
+        if "WORLD_SIZE" not in os.environ and (code := launched(arguments, config, argv)) is not None:
+            return code
         module, _, function = verb.run.partition(":")
         options = {"resume": True} if getattr(arguments, "resume", False) else {}
         result = getattr(importlib.import_module(module), function)(config, **options)

@@ -22,9 +22,7 @@ def launch(ranks: int, arguments: Sequence[str], restarts: int = 3) -> int:
     When a rank is lost, all start again from the newest checkpoint, `restarts` times at most. Cores are divided among
     the ranks, unless OMP_NUM_THREADS says otherwise. Raises RonnaError where numbers make no sense.
     """
-    if ranks < 1 or restarts < 0:
-        where, what = ("--nproc", f"{ranks} ranks") if ranks < 1 else ("--restarts", f"{restarts} restarts")
-        raise RonnaError(what, where=where, fix="give a number above 0")
+    refuse_nonsense(ranks, restarts)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
     for left in reversed(range(restarts + 1)):
@@ -35,6 +33,12 @@ def launch(ranks: int, arguments: Sequence[str], restarts: int = 3) -> int:
         print(f"ronna: {cause}; {again}", file=sys.stderr, flush=True)
         arguments = [*arguments, "--resume"]
     return code
+
+
+def refuse_nonsense(ranks: int, restarts: int) -> None:
+    if ranks < 1 or restarts < 0:
+        where, what = ("--nproc", f"{ranks} ranks") if ranks < 1 else ("--restarts", f"{restarts} restarts")
+        raise RonnaError(what, where=where, fix="give a number above 0")
 
 
 def attempt(ranks: int, arguments: Sequence[str]) -> tuple[int, str]:
