@@ -35,7 +35,7 @@ def test_numbers_that_make_no_sense():
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RonnaError, match=r"--launcher ray: Ray is not installed"):
+    with pytest.raises(RonnaError, match="Ray is not installed"):
         launch_on_ray(2, [], 3, "out", False)
 
 

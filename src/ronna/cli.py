@@ -99,7 +99,8 @@ VERBS: dict[str, Verb] = {
         "text -> clean, deduplicated, tokenized shards", "PrepareRun", "ronna.verbs.prepare:prepare",
         (Flag("--input", "input", "files or folders of text", "+"), OUT,
          Flag("--tokenizer", "tokenizer", "tokenizer or model folder"), Flag("--text", "text", "column of the text"),
-         Flag("--validation", "validation", "share of documents to hold out", NUMBER), BAD_ROWS),
+         Flag("--validation", "validation", "share of documents to hold out", NUMBER),
+         Flag("--engine", "engine", "local, or ray: the workers of a Ray cluster"), BAD_ROWS),
     ),
     "pretrain": Verb(
         "train a language model on shards", "PretrainRun", "ronna.run:execute",

@@ -71,9 +71,10 @@ def launch_on_ray(ranks: int, arguments: Sequence[str], restarts: int, out: str,
 def import_ray() -> Any:
     try:
         import ray
+        import ray.data
         import ray.train
     except ImportError as error:
-        raise RonnaError("Ray is not installed", where="--launcher ray", fix="pip install 'ronna[ray]'") from error
+        raise RonnaError("Ray is not installed", fix="pip install 'ronna[ray]'") from error
     return ray
 
 
@@ -85,7 +86,7 @@ def join(ray: Any) -> None:
         ray.init(address="auto", logging_level="warning")
     except ConnectionError as error:
         fix = "start one with `ray start --head`, or say where one is by RAY_ADDRESS"
-        raise RonnaError("no Ray cluster is running here", where="--launcher ray", fix=fix) from error
+        raise RonnaError("no Ray cluster is running here", fix=fix) from error
 
 
 def refuse_few(ranks: int, resources: dict[str, float], kind: str) -> None:

@@ -147,6 +147,7 @@ class PrepareRun(Config):
     validation: float = Field(0.01, ge=0, lt=1)  # share of documents held out, where the input has no such split
     clean: CleanConfig = CleanConfig()
     shard_tokens: int = Field(2**26, ge=1024)
+    engine: Literal["local", "ray"] = "local"  # ray: on the workers of a Ray cluster, with the same shards
     max_bad_rows: int = Field(0, ge=0)
 
 

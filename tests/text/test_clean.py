@@ -1,5 +1,6 @@
 """Cleaning: every row accounted for, duplicates found in English and Chinese, the same result every time."""
 
+import json
 import random
 import unicodedata
 
@@ -212,3 +213,10 @@ def test_real_news_has_the_duplicates_put_into_it(real_data):
     edited = [text.replace("。", "！", 1) for text in alone if len(shingles(text)) > 200]
     kept, report = run([*alone, *edited], dedup="near")
     assert kept == alone and len(edited) > 50 and sum(report.dropped.values()) == len(edited)
+
+
+def test_a_report_is_ready_for_json():
+    report = CleanReport()
+    list(clean(["one text", "one text", "", "a\x07b"], CleanConfig(), report))
+    said = {"rows_in": 4, "kept": 2, "dropped": {"exact_duplicate": 1, "too_short": 1}, "changed": {"control": 1}}
+    assert json.loads(json.dumps(report.summary())) == said

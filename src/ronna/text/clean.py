@@ -74,6 +74,15 @@ class CleanReport:
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
 
+    def summary(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "rows_in": self.rows_in,
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+            "changed": dict(self.changed),
+        }
+
 
 @overload
 def clean(records: Iterable[str], config: CleanConfig, report: CleanReport) -> Iterator[str]: ...
@@ -88,11 +97,11 @@ def clean(records: Iterable[Any], config: CleanConfig, report: CleanReport) -> I
     `too_long`, `language`, `duplicate_lines`, `repeated_ngrams`, `exact_duplicate`, `near_duplicate`.
     Of duplicates the first stays. Raises RonnaError when a step needs a package that is not installed.
     """
-    reject = _Filters(config)
+    unfit, repeated = Filters(config), _Duplicates(config)
     for record in records:
         text = record if isinstance(record, str) else record[1]
         cleaned, changes = normalise(text, config)
-        reason = reject(cleaned)
+        reason = unfit(cleaned) or (repeated(cleaned) if config.dedup != "none" else None)
         # Counted together, before the row leaves: whoever stops early still has a report that adds up.
         report.rows_in += 1
         report.changed.update(changes)
@@ -142,14 +151,12 @@ def shingles(text: str) -> list[str]:
     return [" ".join(units[i : i + SHINGLE]) for i in range(max(1, len(units) - SHINGLE + 1))]
 
 
-class _Filters:
-    """The reason to drop a text, or None; remembers the texts it let pass, to know their duplicates."""
+class Filters:
+    """The reason to drop a text by itself, or None."""
 
     def __init__(self, config: CleanConfig):
         self.config = config
-        self.seen: set[bytes] = set()
         self.language = _language_identifier(config.languages) if config.languages else None
-        self.repeats = _near_duplicates(config.near_threshold) if config.dedup == "near" else None
 
     def __call__(self, text: str) -> str | None:
         config = self.config
@@ -163,17 +170,44 @@ class _Filters:
             return "duplicate_lines"
         if config.max_top_ngram is not None and top_ngram_share(text) > config.max_top_ngram:
             return "repeated_ngrams"
-        return self._duplicate(text) if config.dedup != "none" else None
+        return None
 
-    def _duplicate(self, text: str) -> str | None:
-        same = " ".join(unicode.nfc(text).casefold().split())
-        digest = hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+class _Duplicates:
+    """The reason to drop a text that was there before, or None; remembers the texts it let pass."""
+
+    def __init__(self, config: CleanConfig):
+        self.seen: set[bytes] = set()
+        self.repeats = _near_duplicates(config.near_threshold) if config.dedup == "near" else None
+
+    def __call__(self, text: str) -> str | None:
+        same = plain(text)
+        digest = digest_of(same)
         if digest in self.seen:
             return "exact_duplicate"
         self.seen.add(digest)
         if self.repeats is not None and self.repeats(same):
             return "near_duplicate"
         return None
+
+
+def plain(text: str) -> str:
+    """What duplicates have in common."""
+    return " ".join(unicode.nfc(text).casefold().split())
+
+
+def digest_of(same: str) -> bytes:
+    """16 bytes of a `plain` text."""
+    return hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def sketch_of(same: str) -> Any:
+    """MinHash of a `plain` text: `digest()` gives its PERMUTATIONS numbers of 32 bits."""
+    from rensa import RMinHash
+
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=SEED)
+    sketch.update(shingles(same))
+    return sketch
 
 
 def _language_identifier(languages: tuple[str, ...]) -> Callable[[str], str]:
@@ -197,14 +231,12 @@ def _language_identifier(languages: tuple[str, ...]) -> Callable[[str], str]:
 def _near_duplicates(threshold: float) -> Callable[[str], bool]:
     """A function that says whether a text repeats one it was given before, and else remembers it."""
     try:
-        from rensa import RMinHash, RMinHashDeduplicator
+        from rensa import RMinHashDeduplicator
     except ImportError:
         raise RonnaError('clean.dedup = "near" needs rensa', fix="pip install rensa") from None
     index = RMinHashDeduplicator(threshold, PERMUTATIONS, use_lsh=True, num_bands=BANDS, seed=SEED)
 
     def repeats(text: str) -> bool:
-        sketch = RMinHash(num_perm=PERMUTATIONS, seed=SEED)
-        sketch.update(shingles(text))
-        return not index.add(str(index.len()), sketch)
+        return not index.add(str(index.len()), sketch_of(text))
 
     return repeats

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +69,32 @@ def prepare(run: PrepareRun) -> dict[str, Any]:
     report: dict[str, Any] = {}
     held: list[np.ndarray] = []
     bad, cleaned = BadRows(run.max_bad_rows, out / "quarantine.jsonl"), CleanReport()
-    documents = clean(texts(splits["train"], [run.text], bad), run.clean, cleaned)
-    kept = split_off(encode(documents, tokenizer), share, held.append)
+    documents = cleaned_ids(texts(splits["train"], [run.text], bad), run, cleaned, tokenizer)
+    kept = split_off(documents, share, held.append)
     report["train"] = write(out / "train", kept, tokenizer, source, run, bad, cleaned)
     for _ in kept:  # of a run that had finished these shards before a kill: what to hold out is still to be found
         pass
     if splits["validation"]:
         bad, cleaned = BadRows(run.max_bad_rows, out / "quarantine-validation.jsonl"), CleanReport()
-        documents = clean(texts(splits["validation"], [run.text], bad), run.clean, cleaned)
-        given = (ids for _, ids in encode(documents, tokenizer))
+        documents = cleaned_ids(texts(splits["validation"], [run.text], bad), run, cleaned, tokenizer)
+        given = (ids for _, ids in documents)
         source = hash_files(splits["validation"]) + config_hash(run.clean)
         report["validation"] = write(out / "validation", given, tokenizer, source, run, bad, cleaned)
     elif held:
         report["validation"] = write(out / "validation", held, tokenizer, source + "-held-out", run, None, None)
     (out / "run.toml").write_text(dump_toml(run), encoding="utf-8")
     return report
+
+
+def cleaned_ids(
+    documents: Iterable[str], run: PrepareRun, report: CleanReport, tokenizer: Tokenizer
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(text, ids) of each document that stays."""
+    if run.engine == "local":
+        return encode(clean(documents, run.clean, report), tokenizer)
+    from ronna.verbs.spread import clean_and_encode
+
+    return clean_and_encode(documents, run.clean, report, str(local_folder(run.tokenizer)))
 
 
 def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
@@ -141,5 +151,5 @@ def write(
         "tokens": manifest.tokens,
         "engine": tokenizer.engine,
         "rows": bad.summary() if bad else None,
-        "cleaning": asdict(cleaned) if cleaned else None,
+        "cleaning": cleaned.summary() if cleaned else None,
     }
