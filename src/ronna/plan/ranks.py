@@ -16,6 +16,7 @@ from ronna.model import config as c
 from ronna.plan.weights import Weight, block, weights
 
 STEP_IN_PARTS = {"adamw", "adam", "sgd"}  # optimizers that step parts of tensors as they step whole ones
+DEEP = 100  # blocks from which so many stages are looked at that there are few of them in each
 MASTER, PASSED = 4, 4  # bytes of a weight that the optimizer has, and of a gradient that ranks add up
 
 
@@ -76,16 +77,20 @@ def layouts(
     machine: devices of one. most_parts: samples that there are to share. whole: whether all of the model learns, which
     divided blocks and pipelines need. context: whether texts may be divided, which only long ones are worth.
     """
-    for deep in pipelines(model, devices) if whole else [1]:
+    yield from flat_layouts(model, devices, machine, most_parts, whole, context)
+    for deep in pipelines(model, devices) if whole else ():
         for ranks in flat_layouts(model, devices // deep, machine, most_parts // deep, whole, context):
-            yield replace(ranks, pipeline=deep)
+            # Of the many there are, those that are known to be worth it: an answer is not to take long.
+            if 1 in (ranks.replicate, ranks.shard) and ranks.tensor in (1, machine // 2, machine):
+                yield replace(ranks, pipeline=deep)
 
 
 def pipelines(model: c.Model, devices: int) -> list[int]:
     """How many ranks micro-batches may go through."""
     if model.encoder is not None and model.decoder is not None:
-        return [1]
-    return [n for n in (1, 2, 4, 8, 16) if devices % n == 0 and n <= len(model.last.blocks)]
+        return []
+    deepest = 16 if len(model.last.blocks) >= DEEP else 8
+    return [n for n in (2, 4, 8, 16) if devices % n == 0 and n <= min(deepest, len(model.last.blocks))]
 
 
 def flat_layouts(
@@ -133,7 +138,14 @@ def divided(model: c.Model, ranks: Ranks) -> c.Model:
     def fewer(one: c.Attention | None) -> c.Attention | None:
         return one and replace(one, heads=one.heads // n, kv_heads=one.kv // n)
 
+    parts: dict[int, c.Block] = {}  # blocks that are one stay one: they are looked up by what they are
+
     def part(one: c.Block) -> c.Block:
+        if id(one) not in parts:
+            parts[id(one)] = part_of(one)
+        return parts[id(one)]
+
+    def part_of(one: c.Block) -> c.Block:
         ffn = replace(one.ffn, hidden=one.ffn.hidden // n)
         attention = fewer(one.attention)
         assert attention is not None
@@ -153,8 +165,9 @@ def share(w: Weight, ranks: Ranks) -> Weight:
 
 def block_sizes(model: c.Model) -> list[int]:
     """Weights of each block, the encoder's first."""
-    sizes = {one: sum(w.size for w in block(one, model.dim)) for one in set(blocks(model))}
-    return [sizes[one] for one in blocks(model)]
+    some = {id(one): one for one in blocks(model)}  # to hash a block takes a while
+    sizes = {key: sum(w.size for w in block(one, model.dim)) for key, one in some.items()}
+    return [sizes[id(one)] for one in blocks(model)]
 
 
 def blocks(model: c.Model) -> list[c.Block]:
