@@ -78,8 +78,9 @@ def test_several_runs_of_blocks_wait_less(ranks, chunks, rounds):
 
 @pytest.mark.parametrize("micros", [1, 3, 5])
 def test_several_runs_of_blocks_with_any_number_of_micro_batches(micros):
-    played(2, 2, micros)
-    played(4, 3, micros)
+    for ranks, chunks in ((2, 2), (4, 3)):
+        _, most = played(ranks, chunks, micros)
+        assert most == [chunks * micros] * ranks  # all go forward before the first one goes back
 
 
 def test_a_rank_with_all_blocks_takes_one_after_the_other():

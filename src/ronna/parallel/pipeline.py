@@ -245,30 +245,24 @@ def pass_on(model: Transformer) -> None:
     assert isinstance(model, Piped)
     pipe, states = model.pipe, model.states
 
-    def on_its_way(
-        tokens: Tensor,
-        sequences: Sequences,
-        segments: Tensor | None,
-        memory: Memory | None,
-        cache: Cache | None,
-        at: Tensor | None,
-    ) -> Tensor:
+    def on_its_way(tokens: Tensor, sequences: Sequences, *more: Any) -> Tensor:
         if torch.is_grad_enabled():
-            x = states(tokens, sequences, segments, memory, cache, at)
+            x = states(tokens, sequences, *more)
             if pipe.last:
                 return x
             raise Handed(Hand.apply(x, pipe))
         for chunk in range(pipe.chunks):
             pipe.chunk = chunk
-            x = states(tokens, sequences, segments, memory, cache, at)
+            x = states(tokens, sequences, *more)
             if not pipe.last:
                 pipe.send(x, pipe.onward, 1)
         pipe.settle()
+        at: Tensor | None = more[-1]
         if not pipe.last:
             x = x.new_empty(sequences.tokens if at is None else len(at), model.cfg.dim)
         return pipe.from_last(x)
 
-    model.states = on_its_way  # type: ignore[method-assign]
+    model.states = on_its_way  # type: ignore[assignment]
 
 
 @contextmanager
@@ -276,9 +270,8 @@ def turning(model: Transformer, turn: Turn, turns: list[Turn]) -> Iterator[None]
     """Inside it is this one's turn. What stands around the blocks stays whole until the last of them, whose gradients
     are then added up."""
     if isinstance(model, Piped):
-        pipe, backs = model.pipe, [t for t in turns if not t.forward]
-        closes = turn == backs[-1]
-        pipe.chunk, pipe.closing = turn.chunk, turn[:2] == backs[-1][:2]
+        pipe, closes = model.pipe, turn == turns[-1]
+        pipe.chunk, pipe.closing = turn.chunk, turn[:2] == turns[-1][:2]
         if isinstance(model, FSDPModule):
             model.set_is_last_backward(closes)
             model.set_requires_gradient_sync(closes, recurse=False)
