@@ -1,10 +1,12 @@
 """What the planner says a run will need beside what it took: real steps, each run in a process of its own.
 
-    python benchmarks/plan_memory.py [unseen | fitted | both] [--only NAME ...] [--json FILE] [--steps 3]
+    python benchmarks/plan_memory.py [unseen | fitted | both | card] [--only NAME ...] [--json FILE] [--steps 3]
+    python benchmarks/plan_memory.py card --device cuda [--eager]
 
 Measured is how far resident memory grows from just before the model is built to its highest point in three steps
 (`VmHWM`, set back before). Every run first trains another, tiny model for a step, so that what torch and oneDNN load
-once is there before. Prints one line a run and the mean and worst error; needs Linux.
+once is there before. Prints one line a run and the mean and worst error; needs Linux. On a GPU it is the most that
+torch had reserved, of blocks that are compiled as a run has them, or not (`--eager`); several runs share the card.
 
 The formulas and the two shares of holes in the heap (`ronna.plan.heap`) were found while looking at FITTED; the error
 to state is that of UNSEEN, which were run when they were done.
@@ -16,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ class Case:
     dim: int | None = None
     hidden: int | None = None
     heads: int | None = None
+    recompute: int = 0  # blocks
 
 
 FITTED = [
@@ -92,6 +96,32 @@ UNSEEN: list[Case] = [
     Case("llama-130m lora", "llama-130m", "clm", 4, 256, "bf16", rank=8),
     Case("qwen2.5 lora", "qwen2.5-0.5b", "clm", 1, 512, "bf16", rank=16, layers=8),
     Case("gpt2 lora classify", "gpt2", "classify", 16, 128, "bf16", rank=4, dropout=0.0, least=30),
+]
+CARD = [
+    Case("bert-base mlm", "bert-base", "mlm", 32, 512, "bf16", dropout=0.0),
+    Case("bert-base mlm dropout", "bert-base", "mlm", 48, 256, "bf16"),
+    Case("bert-large mlm fp32", "bert-large", "mlm", 8, 256, "fp32", dropout=0.0),
+    Case("modernbert-base mlm", "modernbert-base", "mlm", 16, 1024, "bf16"),
+    Case("modernbert-base documents", "modernbert-base", "mlm", 24, 512, "bf16", documents=3),
+    Case("gpt2 clm", "gpt2", "clm", 16, 1024, "bf16", dropout=0.0),
+    Case("gpt2 clm dropout", "gpt2", "clm", 8, 1024, "bf16"),
+    Case("gpt2 micro-batches", "gpt2", "clm", 8, 512, "bf16", dropout=0.0, micro_batches=3),
+    Case("llama-350m clm", "llama-350m", "clm", 16, 1024, "bf16"),
+    Case("llama-350m documents", "llama-350m", "clm", 8, 1024, "bf16", documents=4),
+    Case("llama-350m recomputed", "llama-350m", "clm", 32, 1024, "bf16", recompute=24),
+    Case("llama-350m half recomputed", "llama-350m", "clm", 16, 1024, "bf16", recompute=12),
+    Case("llama-1b clm", "llama-1b", "clm", 8, 1024, "bf16"),
+    Case("llama-350m muon", "llama-350m", "clm", 8, 512, "bf16", "muon"),
+    Case("llama-130m adafactor", "llama-130m", "clm", 32, 512, "bf16", "adafactor"),
+    Case("qwen3-0.6b clm", "qwen3-0.6b", "clm", 8, 1024, "bf16"),
+    Case("t5-small denoise", "t5-small", "denoise", 64, 256, "bf16"),
+    Case("transformer-base denoise", "transformer-base", "denoise", 64, 256, "bf16", dropout=0.0),
+    Case("bert-base classify", "bert-base", "classify", 64, 256, "bf16", least=40, dropout=0.0),
+    Case("bert-base lora", "bert-base", "classify", 64, 256, "bf16", rank=8, least=40, dropout=0.0),
+    Case("qwen2.5-0.5b lora", "qwen2.5-0.5b", "clm", 8, 1024, "bf16", rank=16),
+    Case("llama-3.2-1b lora", "llama-3.2-1b", "clm", 4, 2048, "bf16", rank=8),
+    Case("qwen3-0.6b lora q v", "qwen3-0.6b", "clm", 8, 1024, "bf16", rank=8, targets=("q", "v")),
+    Case("gpt2 lora classify", "gpt2", "classify", 64, 256, "bf16", rank=4, least=30, dropout=0.0),
 ]
 WARM_UP = {"mlm": "bert-tiny", "classify": "bert-tiny", "clm": "llama-tiny", "denoise": "t5-tiny"}
 TINY = {"batch": 2, "length": 32, "least": None, "documents": 1, "rank": None, "micro_batches": 1, "used": None,
@@ -163,7 +193,7 @@ def target_length(source: int) -> int:
     return max(2, source // 4)
 
 
-def planned(case: Case) -> Any:
+def planned(case: Case, device: str) -> Any:
     """The planner's answer."""
     from ronna.plan.memory import Step, estimate
     from ronna.plan.shapes import Adapter, Lengths
@@ -188,6 +218,8 @@ def planned(case: Case) -> Any:
         adapter=None if case.rank is None else Adapter(case.rank, case.targets),
         token_rows=None if case.used is None else int(model.embedding.vocab * case.used),
         micro_batches=case.micro_batches,
+        blocks=case.recompute,
+        device=device,  # type: ignore[arg-type]
     )
     return estimate(model, step)
 
@@ -197,11 +229,13 @@ class Silent:
         pass
 
 
-def train(case: Case, heap: Any, steps: int) -> None:
+def train(case: Case, heap: Any, steps: int, device: str = "cpu", eager: bool = False) -> None:
     """Build the model and train it as a run does."""
     import torch
 
+    from ronna.model.compiled import compile_blocks, wants_compile
     from ronna.model.init import build
+    from ronna.model.recompute import Recompute, recompute_blocks
     from ronna.objectives.base import collate
     from ronna.peft.lora import LoraConfig
     from ronna.peft.methods import adapt, freeze_to
@@ -218,12 +252,17 @@ def train(case: Case, heap: Any, steps: int) -> None:
     if case.rank is not None:
         adapt(model, LoraConfig(rank=case.rank, targets=case.targets))
         freeze_to(model, model.compute)
+    model.to(device)
+    if wants_compile("never" if eager else "auto", model.device):
+        compile_blocks(model)
+    recompute_blocks(model, Recompute(blocks=case.recompute))
     vocab = model.cfg.embedding.vocab
     used = None if case.used is None else torch.arange(int(vocab * case.used))
     objective = objective_of(case)
 
     def feed(step: int) -> list[Any]:
-        return [collate(objective, samples_of(case, vocab, step, i)) for i in range(case.micro_batches)]
+        drawn = [samples_of(case, vocab, step, i) for i in range(case.micro_batches)]
+        return [collate(objective, samples, model.device) for samples in drawn]
 
     config = TrainConfig(batch=case.batch, evaluate_every=steps, save_every=steps)
     hooks, ways = [heap], stepping(model, kinds[case.optimizer], config, used, None)
@@ -272,12 +311,21 @@ def measured(case: Case, steps: int) -> dict[str, int]:
     return {"measured": status("VmHWM") - before, "before": before, "after": status("VmRSS") - before}
 
 
-def run(case: Case, steps: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", json.dumps(asdict(case)), "--steps", str(steps)]
+def reserved(case: Case, steps: int, eager: bool) -> dict[str, int]:
+    """Bytes of a GPU: the most that torch had reserved, and that tensors filled of it."""
+    import torch
+
+    train(case, lambda _: None, steps, "cuda", eager)
+    return {"measured": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
+
+
+def run(case: Case, steps: int, device: str, eager: bool) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", json.dumps(asdict(case)), "--steps", str(steps), "--device", device]
+    command += ["--eager"] * eager
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case.name}:\n{done.stderr}")
-    plan = planned(case)
+    plan = planned(case, device)
     line = json.loads(done.stdout.splitlines()[-1])
     error = plan.peak / line["measured"] - 1
     return {"name": case.name, "planned": plan.peak, **line, "error": round(error, 4), "where": plan.where,
@@ -286,7 +334,10 @@ def run(case: Case, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=["unseen", "fitted", "both"], default="unseen")
+    parser.add_argument("which", nargs="?", choices=["unseen", "fitted", "both", "card"], default="unseen")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--eager", action="store_true", help="blocks that are not compiled, on a GPU")
+    parser.add_argument("--together", type=int, default=6, help="runs at a time, on a GPU")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--json", type=Path, default=RESULTS, help="lines for plan_plot.py")
     parser.add_argument("--steps", type=int, default=3)
@@ -295,15 +346,15 @@ def main() -> None:
     if a.one:
         fields = json.loads(a.one)
         case = Case(**fields | {"targets": tuple(fields["targets"])})
-        return print(json.dumps(measured(case, a.steps)))
-    cases = {"unseen": UNSEEN, "fitted": FITTED, "both": FITTED + UNSEEN}[a.which]
+        taken = measured(case, a.steps) if a.device == "cpu" else reserved(case, a.steps, a.eager)
+        return print(json.dumps(taken))
+    cases = {"unseen": UNSEEN, "fitted": FITTED, "both": FITTED + UNSEEN, "card": CARD}[a.which]
+    cases = [case for case in cases if not a.only or case.name in a.only]
     lines = []
-    for case in cases:
-        if a.only and case.name not in a.only:
-            continue
-        line = run(case, a.steps)
+    pool = ThreadPoolExecutor(a.together if a.device == "cuda" else 1)
+    for line in pool.map(lambda case: run(case, a.steps, a.device, a.eager), cases):
         lines.append(line)
-        print(f"{case.name:32} planned {line['planned'] / MIB:8.1f}  measured {line['measured'] / MIB:8.1f} MiB"
+        print(f"{line['name']:32} planned {line['planned'] / MIB:8.1f}  measured {line['measured'] / MIB:8.1f} MiB"
               f"  {line['error']:+7.1%}  {line['where']}", flush=True)  # fmt: skip
     if not a.only:
         kept = [{key: line[key] for key in ("name", "planned", "measured", "fitted")} for line in lines]

@@ -71,6 +71,47 @@ def test_smoothed_loss_is_that_of_torch(tile, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_softmax_to_be_compiled_is_the_other_one(training, smoothing):
+    torch.manual_seed(0)
+    logits, gold = torch.randn(90, 37, dtype=torch.double) * 3, torch.randint(37, (90, 1))
+    wanted, found = logits.clone(), logits.clone()
+    total = module.softmax_in_place(wanted, gold, torch.double, training, smoothing)
+    fused = module.fused_softmax_in_place(found, gold, torch.double, training, smoothing)
+    torch.testing.assert_close(fused, total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
+def test_chunks_of_a_card():
+    assert module.chunk_rows(32000, cuda=True) == 8192 and module.chunk_rows(128256, cuda=True) == 2048
+    assert module.chunk_rows(2**30, cuda=True) == 256 and module.chunk_rows(2**21, cuda=False) == 64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_card_computes_the_same(bias, compiled, monkeypatch):
+    """A vocabulary of an odd size, in chunks, in bf16 with fp32 weights: beside double precision."""
+    monkeypatch.setattr(module, "CARD_ELEMENTS", 256 * 1003)
+    torch.manual_seed(0)
+    head = HeadModule(Head(tied=False, bias=bias), 64, 1003)
+    x, labels = torch.randn(700, 64).bfloat16(), torch.randint(1003, (700,))
+    exact = HeadModule(Head(tied=False, bias=bias), 64, 1003).double()
+    exact.load_state_dict({k: v.bfloat16().double() for k, v in head.state_dict().items()})
+    wide = x.double().requires_grad_()
+    expected = F.cross_entropy(exact(wide), labels, reduction="sum")
+    wanted = torch.autograd.grad(expected, [wide, *exact.parameters()])
+    head, narrow = head.cuda(), x.cuda().requires_grad_()
+    head.softmax = torch.compile(module.fused_softmax_in_place) if compiled else None
+    found, _ = vocabulary_loss(head, narrow, labels.cuda())
+    gradients = torch.autograd.grad(found, [narrow, *head.parameters()])
+    assert abs(float(found) / float(expected) - 1) < 2e-3
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        difference = torch.linalg.vector_norm(ours.double().cpu() - theirs) / torch.linalg.vector_norm(theirs)
+        assert difference < 1e-2
+
+
 class Threads(Group):
     """Threads as ranks, which meet at each reduction."""
 

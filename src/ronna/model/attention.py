@@ -7,7 +7,8 @@ prefix.
 """
 
 import math
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,15 +174,26 @@ def has_varlen(q: Tensor, bias: RelativeBias | None, dropout: float) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and dropout == 0.0
 
 
+def fills_rectangle(sequences: Sequences, window: int | None) -> bool:
+    """Whether no token is beside another text's or out of a window: then kernels for rectangles do it, and on Hopper
+    cuDNN's, which torch takes there, are nearly twice as fast as those for variable lengths."""
+    n = sequences.longest
+    return sequences.tokens == len(sequences) * n and (window is None or window >= n - 1)
+
+
 def varlen(q: Tensor, k: Tensor, v: Tensor, cfg: c.Attention, sequences: Sequences, *, causal: bool) -> Tensor:
     """Flat (T, H, D) through the variable-length flash kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     side = -1 if cfg.window is None else cfg.window
     bounds, longest = sequences.bounds, sequences.longest
+    # Its kernel always took fewer heads of keys; torch 2.12 wants to be told that this is meant.
+    more: dict[str, Any] = (
+        {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    )
     y = varlen_attn(
         q, k, v, bounds, bounds, longest, longest,
-        scale=cfg.scale, window_size=(side, 0 if causal else side), enable_gqa=k.shape[1] != q.shape[1],
+        scale=cfg.scale, window_size=(side, 0 if causal else side), **more,
     )  # fmt: skip
     assert isinstance(y, Tensor)
     return y
@@ -208,36 +220,40 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.cfg.head_dim))  # (T, H, D)
 
-    def forward(
-        self,
-        x: Tensor,
-        sequences: Sequences,
-        bias: RelativeBias | None = None,
-        cache: LayerCache | None = None,
-        reads: Reads | None = None,
-        prefix: Prefix | None = None,
-    ) -> Tensor:
-        """Self-attention, x (rows, C) -> (rows, C): see `computed_rows`. With `reads`, -> (rows for M, C).
+    def angles(self, sequences: Sequences) -> tuple[Tensor, Tensor] | None:
+        """Of the rotary positions, where it has some."""
+        rotary, size = self.cfg.rotary, self.cfg.head_dim
+        if rotary is None:
+            return None
+        found: tuple[Tensor, Tensor] = sequences.memo(rotary, lambda: rotary_angles(rotary, size, sequences.positions))
+        return found
 
-        Scores are computed for every token even then: what is saved are the products that grow with C squared. With
-        a prefix the positions of `sequences` begin behind it, and the layer must have no window.
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences: Sequences,
+        bias: RelativeBias | None,
+        cache: LayerCache | None,
+        prefix: Prefix | None,
+    ) -> Tensor:
+        """What each token takes from those it sees, (T, H, D) each -> (T, H D).
+
+        With a prefix the positions of `sequences` begin behind it, and the layer must have no window.
         """
-        angles = None
-        if rotary := self.cfg.rotary:
-            angles = sequences.memo(rotary, lambda: rotary_angles(rotary, self.cfg.head_dim, sequences.positions))
         prefix = None if prefix is None else prefix.shared(self.group)
-        if reads is None:
-            q, k, v = self.project(x, sequences.tokens, angles)
-        else:
-            q, k, v = self.project_read(x, sequences.tokens, angles, reads)
         if cache is not None:
             y = self.attend_cached(q, k, v, sequences, bias, cache, prefix)
-        elif prefix is None and has_varlen(q, bias, self.rate):
+        elif prefix is None and has_varlen(q, bias, self.rate) and not fills_rectangle(sequences, self.cfg.window):
             y = varlen(q, k, v, self.cfg, sequences, causal=self.causal)
         else:
             y = self.attend(q, k, v, sequences, bias, prefix)
-        y = y.flatten(-2)
-        return self.out(self.group.rows(sequences.widen(y) if reads is None else reads.pick(y)))
+        return y.flatten(-2)
+
+    def close(self, y: Tensor) -> Tensor:
+        """(rows, H D) -> (rows, C)."""
+        return self.out(self.group.rows(y))
 
     def project(self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (T, H or K, D) of the first T rows, with their norms and rotary positions."""
@@ -248,7 +264,8 @@ class Attention(nn.Module):
     def project_read(
         self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None, reads: Reads
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with queries of zeros where nobody reads."""
+        """The same with queries of zeros where nobody reads: scores are computed for every token even then, and what is
+        saved are the products that grow with C squared."""
         few = self.group.split(reads.pick(self.group.join(x)))
         (q,) = self.group.heads(self.cfg.head_dim, self.q(few))
         q = self.q_norm(self.split(q))
@@ -327,7 +344,7 @@ class Attention(nn.Module):
             mask=mask, causal=False, dropout=self.rate,
         )  # fmt: skip
         y = rows.gather(y).flatten(-2)
-        return self.out(self.group.rows(sequences.widen(y) if reads is None else reads.pick(y)))
+        return self.close(sequences.widen(y) if reads is None else reads.pick(y))
 
 
 def relative(bias: RelativeBias, sequences: Sequences, dtype: torch.dtype, ahead: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""torch.compile for the halves of a block that look at tokens one at a time."""
+"""torch.compile for what in a block looks at tokens one at a time: all but the attention itself."""
 
 from importlib.util import find_spec
 
@@ -6,21 +6,23 @@ import torch
 
 from ronna.base.device import describe
 from ronna.base.errors import RonnaError
-from ronna.model.attention import Attention
+from ronna.model.loss import fused_softmax_in_place
 from ronna.model.transformer import Block, Transformer
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile, from now on, each block's feed-forward half and what comes before its attention kernel.
+    """Compile, from now on, what comes before each block's attention kernel and what comes behind it.
 
-    Left as they are: who sees whom, which changes with every batch, and the vocabulary loss, which is written by
-    hand. Lengths are dynamic, so batches of other sizes do not compile again. The first batch pays the compilation.
+    Left as it is: who sees whom, which changes with every batch. Of the vocabulary loss, which is written by hand, a
+    GPU gets the softmax compiled. The first batch pays the compilation, and the first of another size once more, for
+    any size.
     """
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.feed = torch.compile(module.feed, dynamic=True)  # type: ignore[method-assign]
-        elif isinstance(module, Attention):
-            module.project = torch.compile(module.project, dynamic=True)  # type: ignore[method-assign]
+    if model.head is not None and model.device.type == "cuda":
+        model.head.softmax = torch.compile(fused_softmax_in_place)
+    for block in model.modules():
+        if isinstance(block, Block):
+            for part in ("open", "close", "feed", "finish"):
+                setattr(block, part, torch.compile(getattr(block, part)))
 
 
 def wants_compile(choice: str, device: torch.device) -> bool:

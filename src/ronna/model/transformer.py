@@ -64,32 +64,45 @@ class Block(nn.Module):
         reads: Reads | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """x (rows, C) -> (rows, C), or the rows that `reads` picks of it."""
-        x = self.residual(
-            x, self.attention_norm, lambda h: self.attention(h, sequences, bias, cache, reads, prefix), reads
-        )
-        if self.cross is not None and self.cross_norm is not None and memory is not None:
-            cross, source = self.cross, memory
-            states = self.group.shared(source.states)
-            x = self.residual(
-                x,
-                self.cross_norm,
-                lambda h: cross.cross(h, sequences, states, source.sequences, cache, reads),
-            )
-        return self.feed(x)
+        """x (rows, C) -> (rows, C), or the rows that `reads` picks of it: see `computed_rows`."""
+        attention, tokens, angles = self.attention, sequences.tokens, self.attention.angles(sequences)
+        if reads is None:
+            q, k, v = self.open(x, tokens, angles)
+        else:
+            q, k, v = attention.project_read(self.entered(x, self.attention_norm), tokens, angles, reads)
+            x = self.group.split(reads.pick(self.group.join(x)))
+        y = attention.mix(q, k, v, sequences, bias, cache, prefix)
+        y = sequences.widen(y) if reads is None else reads.pick(y)
+        if self.cross is None or self.cross_norm is None or memory is None:
+            return self.finish(x, y)
+        x, source, states = self.close(x, y), memory.sequences, self.group.shared(memory.states)
+        y = self.cross.cross(self.entered(x, self.cross_norm), sequences, states, source, cache, reads)
+        return self.feed(self.added(x, y, self.cross_norm))
+
+    # What looks at tokens one at a time, before and behind the attention: see `model.compiled`.
+
+    def open(self, x: Tensor, tokens: int, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (rows, C)."""
+        return self.attention.project(self.entered(x, self.attention_norm), tokens, angles)
+
+    def close(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (rows, C), and y (rows, H D) that its tokens have taken from each other, -> (rows, C)."""
+        return self.added(x, self.attention.close(y), self.attention_norm)
 
     def feed(self, x: Tensor) -> Tensor:
-        return self.residual(x, self.ffn_norm, self.ffn)
+        return self.added(x, self.ffn(self.entered(x, self.ffn_norm)), self.ffn_norm)
 
-    def residual(
-        self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor], reads: Reads | None = None
-    ) -> Tensor:
-        pre = self.cfg.norm_at == "pre"
-        group = self.group
-        y = group.out(layer(group.into(norm(x) if pre else x)))
-        read = x if reads is None else group.split(reads.pick(group.join(x)))
-        total = dropout(y, self.cfg.dropout, self.training) + read
-        return total if pre else norm(total)
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.feed(self.close(x, y))
+
+    def entered(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a layer reads of the residual stream x."""
+        return self.group.into(norm(x) if self.cfg.norm_at == "pre" else x)
+
+    def added(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        """The residual stream x with what a layer says, y."""
+        total = dropout(self.group.out(y), self.cfg.dropout, self.training) + x
+        return total if self.cfg.norm_at == "pre" else norm(total)
 
 
 class Stack(nn.Module):
@@ -207,6 +220,7 @@ class Head(nn.Module):
         self.dense = Linear(dim, dim, bias=cfg.transform.bias) if cfg.transform else None
         self.norm = make_norm(cfg.transform.norm if cfg.transform else None, dim)
         self.logits = Linear(dim, vocab, bias=cfg.bias)
+        self.softmax: Callable[..., Tensor] | None = None  # a faster one for `model.loss`
 
     def transform(self, x: Tensor) -> Tensor:
         if self.dense is not None and self.cfg.transform is not None:
