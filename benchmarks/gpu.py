@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [CASE ...] [--rounds 1] [--sides ours hf hf-compiled] [--profile]
 
 Each side of each case has its own process, in turn. Printed as JSON are tokens a second, the share of the card's bf16
-matrix rate (8,192 square, random, measured in the same process) that the step's products make up, and the most that torch
-had reserved. Products that have to be computed count once: no credit for computing again or for what causality hides;
-`with_hidden` counts the latter, as most published figures do. Needs transformers and, for `lora` and `adalora`, peft.
+matrix rate (8,192 square, random, measured in the same process) that the step's products make up, and the most that
+torch had reserved. Products that have to be computed count once: no credit for computing again or for what causality
+hides; `with_hidden` counts the latter too, as most published figures do. Needs transformers and, for `lora` and
+`adalora`, peft.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-STEPS, WARMUP = 8, 4
+STEPS, WARMUP = 6, 3
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ def llama(layers: int, dim: int, hidden: int, heads: int) -> dict[str, int]:
     return sizes | {"num_attention_heads": heads, "num_key_value_heads": heads}
 
 
+LLAMA_1B = llama(24, 2048, 5504, 16) | {"max_position_embeddings": 4096}
 CASES = {
-    "decoder": Case("clm", "llama-1b", 16, 2048, llama(24, 2048, 5504, 16) | {"max_position_embeddings": 4096}),
-    "decoder-4k": Case("clm", "llama-1b", 8, 4096, llama(24, 2048, 5504, 16) | {"max_position_embeddings": 4096}),
+    "decoder": Case("clm", "llama-1b", 16, 2048, LLAMA_1B, micro=4),
+    "decoder-4k": Case("clm", "llama-1b", 8, 4096, LLAMA_1B),
     "decoder-3b": Case("clm", "llama-1b", 8, 2048, llama(28, 3072, 8192, 24) | {"max_position_embeddings": 4096}),
     "encoder": Case(
         "mlm", "bert-base", 64, 1024,

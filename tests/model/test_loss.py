@@ -15,7 +15,11 @@ from ronna.model.transformer import Head as HeadModule
 @pytest.mark.parametrize("tile", [2**21, 37 * 10], ids=["one tile", "tiles"])
 @pytest.mark.parametrize("elements", [2**24, 64 * 37], ids=["one chunk", "three chunks"])
 @pytest.mark.parametrize("transform", [None, Transform("gelu", Norm())], ids=["bare", "transformed"])
-def test_chunked_loss_is_cross_entropy(elements, tile, transform, monkeypatch):
+@pytest.mark.parametrize("card", [False, True], ids=["cpu", "as a card"])
+def test_chunked_loss_is_cross_entropy(elements, tile, transform, card, monkeypatch):
+    monkeypatch.setattr(module, "on_card", lambda x: card)
+    monkeypatch.setattr(module, "CARD_ELEMENTS", elements)
+    monkeypatch.setattr(module, "CARD_ROWS", 64)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from ronna.model.families import classifier_for, preset
 from ronna.model.init import build
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
+from ronna.peft import lora
 from ronna.peft.changes import ChangedLinear, activate, merge, targeted, unmerge
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
@@ -90,7 +91,9 @@ def test_only_the_adapter_and_what_belongs_to_it_learn(method):
         assert sum(".changes." in n for n in learning) == 2 * 2 * 4  # two bottlenecks a block
 
 
-def test_lora_is_its_formula():
+@pytest.mark.parametrize("card", [False, True], ids=["cpu", "as a card"])
+def test_lora_is_its_formula(card, monkeypatch):
+    monkeypatch.setattr(lora, "on_card", lambda y: card)
     model = model_of()
     linear = model.encoder.blocks[0].attention.q
     weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()

@@ -26,6 +26,11 @@ ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+def on_card(x: Tensor) -> bool:
+    """Whether it is a GPU that computes with it."""
+    return x.is_cuda
+
+
 Passing = Callable[[Tensor], Tensor] | None  # what becomes of a weight before its use, where ranks have it in common
 
 
@@ -65,15 +70,13 @@ def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear maps of one input as a single matrix product, which small matrices need to be fast.
 
     Products of few tokens are left apart: joining the weights would cost more than it saves. So are large weights,
-    which are fast as they are and would be held twice (but on a GPU those that are cast anyway), and maps that compute
-    in a way of their own.
+    which are fast as they are and would be held twice, and maps that compute in a way of their own.
     """
     if x.shape[0] < 64 or any(type(m).forward is not Linear.forward for m in linears):
         return tuple(m(x) for m in linears)
     maps = cast(tuple[Linear, ...], linears)
     weights = [local(m.weight) for m in maps]
-    narrowed = x.is_cuda and all(w.dtype != x.dtype for w in weights)
-    if sum(w.numel() for w in weights) > 2**22 and not narrowed:
+    if sum(w.numel() for w in weights) > 2**22:
         return tuple(m(x) for m in linears)
     weight = torch.cat([w.to(x.dtype) for w in weights])
     biases: list[Tensor] = [local(m.bias) for m in maps if m.bias is not None]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ronna.model.boxes import box_of, local
 from ronna.model.group import Group
+from ronna.model.layers import on_card
 from ronna.model.transformer import Head
 
 CHUNK_ELEMENTS = 2**26  # logits of one chunk: 128 MiB in bf16
@@ -35,10 +36,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, words: "Words"
     ) -> tuple[Tensor, Tensor]:
-        rows = chunk_rows(words.most, x.is_cuda)
-        room = room_for(x, min(rows, len(x)), len(weight))
-        w = weight.to(x.dtype)
-        b = None if bias is None else bias.to(x.dtype)
+        rows = chunk_rows(words.most, on_card(x))
+        w = aligned(weight.to(x.dtype))
+        b = None if bias is None else aligned(bias.to(x.dtype))
         need_x, need_w, need_b, *_ = ctx.needs_input_grad
         training = need_x or need_w or need_b
         grad_x = torch.empty_like(x) if need_x else None
@@ -48,21 +48,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.long, device=x.device)
         for start in range(0, x.shape[0], rows):
             part, gold = x[start : start + rows], labels[start : start + rows, None]
-            logits = logits_of(part, w, b, room)
+            made = F.linear(part, w, b)
+            logits = made[:, : len(weight)]  # the rest are zeros, and stay so
             if not training:
                 correct += (words.best(logits) == gold).sum()
             soft = words.alone if words.group.size == 1 else words.softmax_in_place
             total += soft(logits, gold, total.dtype, training, smoothing)
             if grad_x is not None:
-                torch.mm(logits, w, out=grad_x[start : start + rows])
+                torch.mm(made, w, out=grad_x[start : start + rows])
             if need_w:
-                grad_w = with_product(grad_w, logits.T, part, weight.dtype)
+                grad_w = with_product(grad_w, made.T, part, weight.dtype)
             if grad_b is not None:
                 grad_b += logits.sum(0)
         total = words.group.reduced(total, "sum")
         if grad_x is not None:
             grad_x = words.group.reduced(grad_x, "sum")
-        ctx.save_for_backward(grad_x, grad_w, grad_b)
+        ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[: len(weight)], grad_b)
         ctx.scaled = None
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -83,17 +84,11 @@ def chunk_rows(vocab: int, cuda: bool) -> int:
     return max(64, CHUNK_ELEMENTS // vocab)
 
 
-def room_for(x: Tensor, rows: int, vocab: int) -> Tensor | None:
-    """For logits (rows, V) of a GPU: each row begins at a multiple of 128 bytes, without which a vocabulary of an odd
-    size has products twice as slow (30,522 words on an H200)."""
-    return x.new_empty(rows, -(-vocab // 64) * 64)[:, :vocab] if x.is_cuda else None
-
-
-def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor | None) -> Tensor:
-    if room is None:
-        return F.linear(x, weight, bias)
-    out = room[: len(x)]
-    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+def aligned(weight: Tensor) -> Tensor:
+    """On a GPU with zeros behind it, up to a multiple of 64 words: over a vocabulary of an odd size products in bf16
+    take kernels of an older generation."""
+    missing = -len(weight) % 64 if on_card(weight) else 0
+    return F.pad(weight, (0, 0) * (weight.ndim - 1) + (0, missing)) if missing else weight
 
 
 def with_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,8 +111,8 @@ def fused_softmax_in_place(
     if smoothing:
         total = total - even * wide.sum()
     if training:
-        words = torch.arange(logits.shape[1], device=logits.device)
-        logits.copy_((wide - log_z).exp() - torch.where(words == gold, 1 - smoothing + even, even))
+        right = torch.arange(logits.shape[1], device=logits.device) == gold
+        logits.copy_((wide - log_z).exp() - right.to(dtype) * (1 - smoothing) - even)
     return total
 
 

@@ -37,7 +37,7 @@ def recompute_blocks(model: Transformer, config: Recompute) -> None:
     for block in rest[: counted(config.feeds, len(rest), "feeds")]:
         if isinstance(block, Block):  # else another rank has it
             block.feed = recomputed(block.feed)  # type: ignore[method-assign]
-            vars(block).pop("finish", None)  # compiled as one, it would keep what it likes
+            block.finish = None  # compiled as one, it would keep what it likes
 
 
 @contextmanager

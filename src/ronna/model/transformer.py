@@ -53,6 +53,7 @@ class Block(nn.Module):
         self.cross_norm = make_norm(cfg.norm, dim) if cfg.cross else None
         self.ffn = FeedForward(cfg.ffn, dim)
         self.ffn_norm = make_norm(cfg.norm, dim)
+        self.finish: Callable[[Tensor, Tensor], Tensor] | None = None  # `closed_and_fed`, where that is compiled as one
 
     def forward(
         self,
@@ -72,12 +73,23 @@ class Block(nn.Module):
             q, k, v = attention.project_read(self.entered(x, self.attention_norm), tokens, angles, reads)
             x = self.group.split(reads.pick(self.group.join(x)))
         y = attention.mix(q, k, v, sequences, bias, cache, prefix)
+        del q, k, v
         y = sequences.widen(y) if reads is None else reads.pick(y)
-        if self.cross is None or self.cross_norm is None or memory is None:
+        if self.finish is not None:
             return self.finish(x, y)
-        x, source, states = self.close(x, y), memory.sequences, self.group.shared(memory.states)
-        y = self.cross.cross(self.entered(x, self.cross_norm), sequences, states, source, cache, reads)
-        return self.feed(self.added(x, y, self.cross_norm))
+        x = self.close(x, y)
+        del y
+        return self.feed(self.crossed(x, sequences, memory, cache, reads))
+
+    def crossed(
+        self, x: Tensor, sequences: Sequences, memory: Memory | None, cache: LayerCache | None, reads: Reads | None
+    ) -> Tensor:
+        """x (rows, C) with what it takes from an encoder's states, if it reads one."""
+        if self.cross is None or self.cross_norm is None or memory is None:
+            return x
+        states, entered = self.group.shared(memory.states), self.entered(x, self.cross_norm)
+        y = self.cross.cross(entered, sequences, states, memory.sequences, cache, reads)
+        return self.added(x, y, self.cross_norm)
 
     # What looks at tokens one at a time, before and behind the attention: see `model.compiled`.
 
@@ -92,7 +104,7 @@ class Block(nn.Module):
     def feed(self, x: Tensor) -> Tensor:
         return self.added(x, self.ffn(self.entered(x, self.ffn_norm)), self.ffn_norm)
 
-    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+    def closed_and_fed(self, x: Tensor, y: Tensor) -> Tensor:
         return self.feed(self.close(x, y))
 
     def entered(self, x: Tensor, norm: nn.Module) -> Tensor:

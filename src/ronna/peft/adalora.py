@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from ronna.model.init import generator
 from ronna.model.layers import Linear, dropout
 from ronna.model.transformer import Transformer
 from ronna.peft.changes import Change, attach_change, changed_linears, targeted
+from ronna.peft.lora import with_product
 
 
 class AdaLoraConfig(Config):
@@ -58,8 +58,8 @@ class Triplets(Change):
         self.b = nn.Parameter(torch.empty(base.out_features, rank))
 
     def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
-        h = F.linear(dropout(x, self.dropout, self.training), (self.a * self.e[:, None]).to(x.dtype))
-        return torch.addmm(y, h, (self.b * self.scale).to(x.dtype).T)
+        x, a = dropout(x, self.dropout, self.training), (self.a * self.e[:, None]).to(x.dtype)
+        return with_product(y, x, a, (self.b * self.scale).to(x.dtype))
 
     def merged_weight(self, base: Linear) -> Tensor:
         return base.weight.float() + self.scale * (self.b.float() * self.e.float()) @ self.a.float()
@@ -148,8 +148,7 @@ class Allocator:
             self.kept = self.best(self.budget(done))
         elif done <= end:
             return  # between two allocations a triplet may grow again
-        for change, kept in zip(self.changes, self.kept.split(self.config.rank), strict=True):
-            change.e.mul_(kept)
+        torch._foreach_mul_([change.e for change in self.changes], list(self.kept.split(self.config.rank)))
 
     def observe(self) -> None:
         flat = torch.cat([w.flatten() for w in self.weights])

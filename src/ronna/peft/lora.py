@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ronna.base.config import Config
 from ronna.model.init import generator
-from ronna.model.layers import Linear, at_hand, dropout
+from ronna.model.layers import Linear, at_hand, dropout, on_card
 from ronna.model.transformer import Transformer
 from ronna.peft.changes import Change, attach_change, targeted
 
@@ -51,13 +51,13 @@ class LowRank(Change):
         return at_hand(weight, self.passing.get(name))
 
     def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
-        h = F.linear(dropout(x, self.dropout, self.training), self.here("a").to(x.dtype))
+        x, a = dropout(x, self.dropout, self.training), self.here("a").to(x.dtype)
         if self.magnitude is None:
-            return torch.addmm(y, h, (self.here("b") * self.scale).to(x.dtype).T)
+            return with_product(y, x, a, (self.here("b") * self.scale).to(x.dtype))
         # The length of a row is a constant for the gradient, as the paper's section 4.3 has it.
         stretch = self.magnitude / lengths(self.weight(base)).detach()
         bare = y if base.bias is None else y - base.bias.to(y.dtype)
-        return y + (stretch - 1).to(y.dtype) * bare + stretch.to(y.dtype) * self.up(h)
+        return y + (stretch - 1).to(y.dtype) * bare + stretch.to(y.dtype) * self.up(F.linear(x, a))
 
     def up(self, h: Tensor) -> Tensor:
         return F.linear(h, (self.b * self.scale).to(h.dtype))
@@ -69,6 +69,17 @@ class LowRank(Change):
     def merged_weight(self, base: Linear) -> Tensor:
         weight = self.weight(base)
         return weight if self.magnitude is None else weight * (self.magnitude / lengths(weight))[:, None]
+
+
+def with_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y (T, O) + x a^T b^T, for x (T, I), a (r, I) and b (O, r)."""
+    if not on_card(y):
+        return torch.addmm(y, F.linear(x, a), b.T)
+    # Apart: compiled, the sum is made where it is next read, and `addmm` would copy y first. In bf16 a rank that is no
+    # multiple of 8 has slow products.
+    if missing := -len(a) % 8:
+        a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+    return y + F.linear(F.linear(x, a), b)
 
 
 def lengths(weight: Tensor) -> Tensor:

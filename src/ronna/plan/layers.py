@@ -46,8 +46,7 @@ def merged(
 ) -> list[Value]:
     """Several maps of one input, by (path, O), as one product of their joined weights."""
     total = sum(o for _, o in outputs)
-    apart = inputs * total > TOGETHER and not (n.cuda and n.learns and n.compute != n.weight)
-    if rows < MERGED or apart or n.four_bit:
+    if rows < MERGED or inputs * total > TOGETHER or n.four_bit:
         return [linear(t, x, rows, (inputs, o), bias, n, path) for path, o in outputs]
     casts = [narrow for _, o in outputs if (narrow := cast(t, inputs * o, n)) is not None]
     joined = t.op(*casts, size=inputs * total * n.compute, needs=bool(casts), cast=True, through=True)
