@@ -3,9 +3,9 @@ import torch
 
 from ronna.model.config import Attention as Config
 from ronna.model.config import Classifier as Scores
+from ronna.model.heads import Classifier
 from ronna.model.layers import Linear, dropout, merged
 from ronna.model.sequences import Sequences
-from ronna.model.transformer import Classifier
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

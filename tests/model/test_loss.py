@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from ronna.model import loss as module
 from ronna.model.config import Head, Norm, Transform
 from ronna.model.group import Group
+from ronna.model.heads import Head as HeadModule
 from ronna.model.loss import ChunkedCrossEntropy, Words, vocabulary_loss
-from ronna.model.transformer import Head as HeadModule
 
 
 @pytest.mark.parametrize("tile", [2**21, 37 * 10], ids=["one tile", "tiles"])

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ronna.model.boxes import box_of, local
 from ronna.model.group import Group
+from ronna.model.heads import Head
 from ronna.model.layers import on_card
-from ronna.model.transformer import Head
 
 CHUNK_ELEMENTS = 2**26  # logits of one chunk: 128 MiB in bf16
 CARD_ELEMENTS, CARD_ROWS = 2**28, 256  # the same on a GPU, which is fast at products of some thousand rows, in so many

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model.families import Family
-from ronna.model.transformer import Classifier, Transformer
+from ronna.model.heads import Classifier
+from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.files import AGAIN, CONFIG, FITS, WEIGHTS, AdapterFolder, put
 from ronna.peft.lora import LoraConfig

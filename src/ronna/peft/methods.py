@@ -11,8 +11,9 @@ from torch import nn
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 from ronna.model.config import Model
+from ronna.model.heads import Classifier
 from ronna.model.layers import LayerNorm, RMSNorm
-from ronna.model.transformer import Classifier, Transformer
+from ronna.model.transformer import Transformer
 from ronna.peft.adalora import AdaLoraConfig, add_adalora
 from ronna.peft.changes import adapter_parameters
 from ronna.peft.houlsby import HoulsbyConfig, add_houlsby

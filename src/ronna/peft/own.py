@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
-from ronna.model.transformer import Classifier, Transformer
+from ronna.model.heads import Classifier
+from ronna.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
