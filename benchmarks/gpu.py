@@ -144,9 +144,6 @@ def theirs(case: Case, compiled: bool) -> Callable[[int], None]:
 
     sizes = dict(case.settings)
     torch.manual_seed(0)
-    torch.set_default_device("cuda")
-    if case.adapter:
-        torch.set_default_dtype(torch.bfloat16)
     kinds: dict[str, Any] = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM), "bert": (hf.BertConfig, hf.BertForMaskedLM),
         "modernbert": (hf.ModernBertConfig, hf.ModernBertForMaskedLM),
@@ -155,7 +152,9 @@ def theirs(case: Case, compiled: bool) -> Callable[[int], None]:
         sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                  "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
     config, kind = kinds[case.preset.split("-")[0]]
-    model = kind(config(**sizes))
+    torch.set_default_dtype(torch.bfloat16 if case.adapter else torch.float32)
+    with torch.device("cuda"):
+        model = kind(config(**sizes))
     torch.set_default_dtype(torch.float32)
     if case.adapter:
         import peft
@@ -167,12 +166,11 @@ def theirs(case: Case, compiled: bool) -> Callable[[int], None]:
         else:
             ada = {"init_r": 12, "target_r": 8, "tinit": 2, "tfinal": 4, "deltaT": 1, "total_step": 32}
             model = peft.get_peft_model(model, peft.AdaLoraConfig(**ada, **shared))
-    model.train()
+    model = model.to("cuda").train()
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:
         p.data = p.data.float()
     optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)
-    torch.set_default_device("cpu")
     ids, chosen = tokens(case, model.config.vocab_size)
     labels = torch.where(chosen, ids, -100).cuda()
     ids = ids.cuda()

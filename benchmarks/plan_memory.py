@@ -357,7 +357,8 @@ def main() -> None:
         print(f"{line['name']:32} planned {line['planned'] / MIB:8.1f}  measured {line['measured'] / MIB:8.1f} MiB"
               f"  {line['error']:+7.1%}  {line['where']}", flush=True)  # fmt: skip
     if not a.only:
-        kept = [{key: line[key] for key in ("name", "planned", "measured", "fitted")} for line in lines]
+        names = ("name", "planned", "measured", "fitted", "allocated")
+        kept = [{key: line[key] for key in names if key in line} for line in lines]
         a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text("".join(json.dumps(line) + "\n" for line in kept))
     errors = [abs(line["error"]) for line in lines]

@@ -71,6 +71,7 @@ def work_of(
         quantize=run.model.quantize if isinstance(run, FinetuneRun) else None,
         device=kind,
         ranks=ranks,
+        compiled=train.compile != "never",
     )
     eight_bit = importlib.util.find_spec("bitsandbytes") is not None
     by_tokens = train.batch_tokens is not None

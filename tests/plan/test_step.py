@@ -145,6 +145,14 @@ def test_rows_of_the_token_table() -> None:
     assert plan(model, token_rows=30000).weights == whole.weights  # not worth a copy
 
 
+def test_a_compiled_block_does_not_keep_what_it_can_work_out() -> None:
+    compiled, plain = (plan(preset("llama-130m")[1], compute="bf16", device="cuda", compiled=c) for c in (True, False))
+    less = [b - a for a, b in zip(compiled.activations, plain.activations, strict=True)]
+    assert less == [2 * 2048 * tokens for tokens in [8 * 128] * 11 + [150]]
+    cpu = [plan(preset("llama-130m")[1], compute="bf16", compiled=c).peak for c in (True, False)]
+    assert cpu[0] == cpu[1]
+
+
 def test_a_gpu_has_other_kernels() -> None:
     cpu, cuda = plan(compute="bf16"), plan(compute="bf16", device="cuda")
     assert sum(cuda.activations) < sum(cpu.activations)  # nobody keeps probabilities
@@ -185,6 +193,9 @@ def test_sizes_are_rounded_as_the_model_rounds_them(n: int) -> None:
 def test_limits_are_those_of_the_model() -> None:
     assert blocks.WRITTEN_OUT == attention.WRITTEN_OUT
     assert (ends.CHUNK_ELEMENTS, ends.TILE_ELEMENTS) == (loss.CHUNK_ELEMENTS, loss.TILE_ELEMENTS)
+    assert (ends.CARD_ELEMENTS, ends.CARD_ROWS) == (loss.CARD_ELEMENTS, loss.CARD_ROWS)
+    for vocab in (1000, 32000, 50257, 128256, 2**30):
+        assert all(ends.chunk_rows(vocab, cuda) == loss.chunk_rows(vocab, cuda) for cuda in (True, False))
     assert stretches.WORTHWHILE == rows.WORTHWHILE
     assert {layers.MERGED, layers.TOGETHER} <= set(merged.__code__.co_consts)
 

@@ -255,10 +255,10 @@ def test_what_only_transitions_can_say_is_learnt_and_kept(tiny_bert, coins, tmp_
     assert held_out_loss(tmp_path / "plain") > 1.9 * coin
     report = json.loads((tmp_path / "crf/report.json").read_text())
     capsys.readouterr()
-    use = ["--model", f"{tmp_path}/crf/model", "--data", f"{coins}/validation.jsonl", "--json"]
+    use = ["--model", f"{tmp_path}/crf/model", "--data", f"{coins}/validation.jsonl", "--json", "--precision", "fp32"]
     assert main(["evaluate", *use]) == 0
     assert json.loads(capsys.readouterr().out)["test"] == report["validation"]
-    loaded = load(f"{tmp_path}/crf/model", precision="fp32")
+    loaded = load(f"{tmp_path}/crf/model", precision="fp32", device="cpu")
     assert loaded.task.config.crf
     held = [json.loads(line)["tokens"] for line in (coins / "validation.jsonl").read_text().splitlines()]
     for answer in loaded.predict(held):
@@ -273,9 +273,10 @@ def test_transitions_are_trained_and_kept_with_an_adapter(tiny_bert, coins, tmp_
     assert main([*run, "--out", str(tmp_path)]) == 0
     report, folder = json.loads((tmp_path / "report.json").read_text()), tmp_path / "model"
     capsys.readouterr()
-    assert main(["evaluate", "--model", str(folder), "--data", f"{coins}/validation.jsonl", "--json"]) == 0
+    use = ["--model", str(folder), "--data", f"{coins}/validation.jsonl", "--json", "--precision", "fp32"]
+    assert main(["evaluate", *use]) == 0
     assert json.loads(capsys.readouterr().out)["test"] == report["validation"]
-    loaded = load(str(folder), precision="fp32")
+    loaded = load(str(folder), precision="fp32", device="cpu")
     kept = load_file(folder / "adapter_model.safetensors")[f"{key}.transitions"]
     assert torch.equal(loaded.model.classifier.transitions, kept) and kept.abs().max() > 0.1
     if peft == "lora":

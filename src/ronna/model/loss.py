@@ -165,7 +165,8 @@ class Words:
         self, logits: Tensor, gold: Tensor, dtype: torch.dtype, training: bool, smoothing: float = 0.0
     ) -> Tensor:
         """This rank's part of what the function of this name returns, of its part of the logits."""
-        rows, even = max(1, TILE_ELEMENTS // max(1, logits.shape[1])), smoothing / self.vocab
+        tile = CHUNK_ELEMENTS if on_card(logits) else TILE_ELEMENTS
+        rows, even = max(1, tile // max(1, logits.shape[1])), smoothing / self.vocab
         most = self.group.reduced(logits.max(-1, keepdim=True).values.to(dtype), "max")
         tiles = list(zip(logits.split(rows), most.split(rows), gold.split(rows), strict=True))
         sums = [(tile.to(dtype) - top).exp_().sum(-1, keepdim=True) for tile, top, _ in tiles]

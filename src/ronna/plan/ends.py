@@ -12,6 +12,7 @@ from ronna.plan.shapes import Lengths, Numbers
 from ronna.plan.tape import Events, Profile, Tape, Value, most
 
 CHUNK_ELEMENTS, TILE_ELEMENTS = 2**26, 2**21  # as in ronna.model.loss
+CARD_ELEMENTS, CARD_ROWS = 2**28, 256
 CHUNKS = 8  # after so many they find the holes of those before
 
 
@@ -116,11 +117,19 @@ def vocabulary_loss(vocab: int, dim: int, words: int, bias: bool, n: Numbers) ->
     return profile, 0 if n.cuda else max(0, heap.high - fullest)
 
 
+def chunk_rows(vocab: int, cuda: bool) -> int:
+    """As `ronna.model.loss` has it."""
+    return max(1, CARD_ELEMENTS // vocab // CARD_ROWS) * CARD_ROWS if cuda else max(64, CHUNK_ELEMENTS // vocab)
+
+
 def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Events:
     """What the loss makes, by name, and its bytes; 0 where it goes. Of the `states` and of the head's weights, the
     gradients stay."""
     e, table, narrow = n.compute, vocab * dim, n.compute != n.weight
-    rows = min(words, max(64, CHUNK_ELEMENTS // vocab))
+    rows = min(words, chunk_rows(vocab, n.cuda))
+    if n.cuda and e == 2:
+        vocab = -(-vocab // 64) * 64
+    added = n.cuda and narrow  # each product to the gradient, as it is worked out
     if narrow:
         yield "cast", table * e
     yield "states", words * dim * e
@@ -131,10 +140,15 @@ def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Events:
         if i:
             yield f"logits {i - 1}", 0
         at_once = part if n.cuda else min(part, max(1, TILE_ELEMENTS // vocab))
-        # The probabilities of a tile, before them its logits in fp32, and the last tile's, which still have a name.
-        yield "tiles", at_once * vocab * 4 * (1 + (e != 4) + (at_once < part))
-        yield "tiles", 0
+        if not n.compiled:
+            # The probabilities of a tile, before them its logits in fp32, and the last tile's, which still have a name.
+            yield "tiles", at_once * vocab * 4 * (1 + (e != 4) + (at_once < part))
+            yield "tiles", 0
         if not n.learns:
+            continue
+        if added:
+            if i == 0:
+                yield "gradient", table * n.weight
             continue
         yield f"product {i}", table * e
         if i > (not narrow):  # the first product is the gradient, if it has its precision
@@ -146,5 +160,5 @@ def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Events:
     if narrow:
         yield "cast", 0
     yield f"logits {count - 1}", 0
-    if n.learns and (narrow or count > 1):
+    if n.learns and not added and (narrow or count > 1):
         yield f"product {count - 1}", 0

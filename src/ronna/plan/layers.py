@@ -114,7 +114,8 @@ def feed_forward(t: Tape, x: Value, cfg: c.FeedForward, rows: int, dim: int, n: 
     if cfg.gated:
         paths = [("ffn.gate", cfg.hidden), ("ffn.up", cfg.hidden)]
         gate, up = merged(t, x, rows, dim, paths, cfg.bias, n)
-        acted = activation(t, gate, cfg.act)
+        # Compiled, the activation is worked out anew for the backward pass.
+        acted = gate if n.compiled else activation(t, gate, cfg.act)
         h = t.op(acted, up, keeps=[acted, up])
         names = [x, gate, up, h]
     else:

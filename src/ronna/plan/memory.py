@@ -20,7 +20,7 @@ from ronna.plan.weights import Weight, adapted, pieces, portions, scratch, space
 __all__ = ["Memory", "Step", "estimate"]
 
 BITS = {"nf4": 4.5, "nf4_double": 4.127}  # a weight, scales included
-CUDA_WORKSPACE = 32 * 2**20  # of matrix products on recent cards
+CUDA_WORKSPACE = 2 * 32 * 2**20  # of matrix products on recent cards, of each of the threads of a step
 BITSANDBYTES = 43 * 2**20  # what a process grows by that loads it
 # What is not there between two steps.
 PASSING = ("gathered", "gradients", "activations", "ends", "casts", "loss", "holes")

@@ -99,6 +99,7 @@ class Numbers:
     """Bytes of an activation and of a weight, and what learns: all, or an adapter and the classifier alone.
 
     four_bit: the linear maps of blocks are made out of 4 bits whenever they are read. away: activations wait elsewhere.
+    compiled: blocks but for their attention, and the softmax of the loss.
     """
 
     compute: int
@@ -107,6 +108,7 @@ class Numbers:
     adapter: Adapter | None = None
     four_bit: bool = False
     away: bool = False
+    compiled: bool = False
 
     @property
     def learns(self) -> bool:

@@ -51,6 +51,7 @@ class Step:
     tight: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     ranks: Ranks = ALONE
+    compiled: bool = True  # which means something on a GPU
 
     @property
     def numbers(self) -> Numbers:
@@ -58,7 +59,7 @@ class Step:
         width = self.compute if self.adapter else self.weights
         away, four_bit = "activations" in self.offload, self.quantize is not None
         cuda = self.device == "cuda"
-        return Numbers(BYTES[self.compute], BYTES[width], cuda, self.adapter, four_bit, away)
+        return Numbers(BYTES[self.compute], BYTES[width], cuda, self.adapter, four_bit, away, cuda and self.compiled)
 
     @property
     def inside(self) -> Numbers:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
-from ronna.plan.ends import CHUNK_ELEMENTS
+from ronna.plan.ends import chunk_rows
 from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
 from ronna.plan.ranks import blocks, divided, sent, share
@@ -214,7 +214,7 @@ def micro_batch(model: c.Model, step: Step) -> Parts:
     words = -(-words // step.ranks.context)
     read = read_positions(model, step)
     done.add(heads(model, step.lengths.total if read is None else read, step.lengths.sequences, words, n))
-    loss = vocabulary(model, words, n, CHUNK_ELEMENTS) if model.head is not None else Work()
+    loss = vocabulary(model, words, n, chunk_rows(model.embedding.vocab, n.cuda)) if model.head is not None else Work()
     grown = gradients(model, step)
     if step.micro_batches > 1 and not step.fused_backward:  # added to those that are there
         done.backward.update({"bytes": 3 * grown})

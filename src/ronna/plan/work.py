@@ -295,16 +295,16 @@ def heads(model: c.Model, read: int, sequences: int, words: int, n: Numbers) -> 
     return w
 
 
-def vocabulary(model: c.Model, words: int, n: Numbers, chunk: int) -> Work:
-    """The loss of M positions and, finished in the same pass, its gradients: logits once, two more products (one where
-    the head is frozen). See `ronna.model.loss`."""
+def vocabulary(model: c.Model, words: int, n: Numbers, rows: int) -> Work:
+    """The loss of M positions, so many `rows` at a time, and, finished in the same pass, its gradients: logits once, two
+    more products (one where the head is frozen). See `ronna.model.loss`."""
     w, vocab, e = Work(), model.embedding.vocab, n.compute
     table = vocab * model.dim
     inner = Work()
     inner.product("linear", (words, model.dim, vocab), e, 1 + n.learns)
     w.forward.update(inner.forward + inner.backward)
     w.forward.update({"words": words * vocab})
-    chunks = -(-words // max(64, chunk // vocab))
+    chunks = -(-words // rows)
     if n.learns:
         w.forward.update({"bytes": table * ((e + n.weight) * (e != n.weight) + chunks * (e + 2 * n.weight))})
         w.backward.update({"bytes": 2 * table * n.weight, "calls": 2})
