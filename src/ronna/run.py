@@ -144,8 +144,13 @@ class Training:
             def save(now: Progress) -> None:
                 saver.save(
                     now.step,
-                    tensors={"optimizer": optimizer_tensors(optimizers, named()), **self.apart()},
-                    model_files=self.store.write,
+                    tensors={
+                        "optimizer": optimizer_tensors(optimizers, named()),
+                        **self.store.weights(),
+                        **self.apart(),
+                    },
+                    model_files=self.store.write_now,
+                    finish=self.store.finish(),
                     state=now.to_json(),
                     written=ways.written,
                 )

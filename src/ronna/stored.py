@@ -1,7 +1,7 @@
 """What of a model a run writes and reads: the whole of it as a Hugging Face folder, or an adapter as a PEFT folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from ronna.base.errors import RonnaError
 from ronna.base.hub import PREFIX as HUB
 from ronna.base.hub import local_folder
 from ronna.model.families import read_config, read_config_json
-from ronna.model.folder import Loaded, is_language_model, load_folder, load_weights, save_config, save_folder
+from ronna.model.folder import Loaded, is_language_model, load_folder, load_weights, save_folder, save_state
+from ronna.model.folder_config import save_config
 from ronna.model.fourbit import Quantize
 from ronna.model.tensorfiles import fingerprint
 from ronna.parallel.pipeline import whole_state
@@ -25,7 +26,10 @@ from ronna.peft.files import AdapterFolder, is_adapter, read_adapter
 from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.methods import trained
 from ronna.text.tokenizer import Tokenizer
-from ronna.train.checkpoint import Checkpoint
+from ronna.train.checkpoint import MODEL, Checkpoint
+from ronna.train.pieces import StoredTensors, find_pieces
+
+WEIGHTS = "weights"  # files of parts in a checkpoint that is not yet one
 
 
 class Store:
@@ -49,20 +53,61 @@ class Store:
 
     def write_state(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         parts = self.parts
-        more: dict[str, Any] = {
-            "labels": parts.labels,
-            "problem_type": parts.problem_type,
-            "extra_config": token_ids(parts.tokenizer) | parts.folder_keys,
-        }
         if parts.peft is None:
-            save_folder(parts.model, parts.family, folder, tensors=state, **more)
+            save_folder(parts.model, parts.family, folder, tensors=state, **self.described)
         else:
             write_adapter(parts.model, parts.family, folder, parts.peft, parts.base, tensors=state)
-            save_config(parts.model.cfg, parts.family, folder, **more)
+            save_config(parts.model.cfg, parts.family, folder, **self.described)
+        self.write_beside(folder)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For config.json."""
+        parts, keys = self.parts, token_ids(self.parts.tokenizer) | self.parts.folder_keys
+        return {"labels": parts.labels, "problem_type": parts.problem_type, "extra_config": keys}
+
+    def write_beside(self, folder: Path) -> None:
+        """The tokenizer, and what else belongs into the folder."""
+        parts = self.parts
         parts.tokenizer.save(folder)
         for name, text in parts.folder_files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
+
+    # In a checkpoint of several ranks: each writes its parts, and the folder is made of these behind the training.
+
+    @property
+    def in_parts(self) -> bool:
+        return self.world.size > 1 and self.parts.peft is None
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """What the ranks write of a model that is not gathered."""
+        return {WEIGHTS: dict(self.parts.model.named_parameters())} if self.in_parts else {}
+
+    def write_now(self, folder: Path) -> None:
+        """`write`, unless it can wait for `finish`."""
+        if not self.in_parts:
+            self.write(folder)
+
+    def finish(self) -> Callable[[Path], None]:
+        """What makes the folder, of the parts in the checkpoint that it is given and of nothing that a step changes. It
+        raises RonnaError where some cannot be seen from here."""
+        if not (self.in_parts and self.world.main):
+            return lambda checkpoint: None
+        cfg, family, ranks = self.parts.model.cfg, self.parts.family, self.world.size
+        types = {name: tensor.dtype for name, tensor in whole_state(self.parts.model).items()}
+
+        def put_together(checkpoint: Path) -> None:
+            files, folder = find_pieces(checkpoint, WEIGHTS), checkpoint / MODEL
+            if len(files) < ranks:
+                what = f"parts of the model of {len(files)} ranks are there, {ranks} have written some"
+                raise RonnaError(what, where=str(checkpoint), fix="train in a folder that all machines share")
+            save_state(cfg, family, folder, StoredTensors(files), types, **self.described)
+            self.write_beside(folder)
+            for file in files:
+                file.unlink()
+
+        return put_together
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:

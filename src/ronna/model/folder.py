@@ -1,10 +1,9 @@
 """Hugging Face model folders: config.json and safetensors, in the names and layout of transformers."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +16,12 @@ from ronna.model.boxes import Box, box_of, local
 from ronna.model.families import (
     Family,
     Weight,
-    family_of,
-    label_maps,
     locate,
     read_config,
     read_config_json,
     with_dropout,
 )
+from ronna.model.folder_config import folder_config, write_config
 from ronna.model.fourbit import Quantize, narrowed
 from ronna.model.init import Allot, initialise, on_cpu
 from ronna.model.layers import block_linears
@@ -32,13 +30,8 @@ from ronna.model.transformer import Transformer
 
 # Architectures whose folders hold a vocabulary head even where it has no weights of its own.
 LANGUAGE_MODEL = re.compile(r"LM|Generation|PreTraining|MTModel")
-# What another program wrote about its own file and would be wrong about ours.
-STALE = {
-    "_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels", "tag_transitions"
-}  # fmt: skip
 PIECE = 2**22  # numbers that are read at a time
 GET_ALL = "get the whole folder"
-LABELS = {"id2label", "label2id", "problem_type"}
 BY_LABEL = ("classifier.out.", "classifier.transitions")  # parameters whose shape is the number of labels
 
 
@@ -281,52 +274,43 @@ def save_folder(
     Raises RonnaError for a model that the family's folders cannot express, OSError where
     the disk refuses.
     """
-    cfg, folder = model.cfg, Path(folder)
-    config = folder_config(family, cfg, labels, problem_type, extra_config)
     own = model.state_dict()
-    state = own if tensors is None else tensors
+    types = {name: tensor.dtype for name, tensor in own.items()}
+    more: dict[str, Any] = {"labels": labels, "problem_type": problem_type, "extra_config": extra_config}
+    save_state(
+        model.cfg, family, Path(folder), own if tensors is None else tensors, types,
+        max_shard_bytes=max_shard_bytes, dtype=dtype, **more,
+    )  # fmt: skip
+
+
+def save_state(
+    cfg: c.Model,
+    family: Family,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    types: Mapping[str, torch.dtype],
+    *,
+    labels: list[str] | None = None,
+    problem_type: str | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    dtype: torch.dtype | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_folder` of a model that is not looked at: `types` are what it holds its tensors in."""
+    config = folder_config(family, cfg, labels, problem_type, extra_config)
     bare = family.prefix if cfg.head is None and cfg.classifier is None else ""
     names, pieces, shapes = family.names(cfg), dict[str, list[tuple[Weight, str]]](), parameter_names(cfg)
     for name in shapes:
         weight = locate(names, name)
         pieces.setdefault(family.stored_name(cfg, weight.name).removeprefix(bare), []).append((weight, name))
-    held = {key: own.get(parts[0][1], own["embedding.tokens.weight"]).dtype for key, parts in pieces.items()}
+    widest = types["embedding.tokens.weight"]
+    held = {key: types.get(parts[0][1], widest) for key, parts in pieces.items()}
     kinds = {key: dtype or held[key] for key in sorted(pieces)}
     sizes = {key: sum(math.prod(shapes[name]) for _, name in pieces[key]) * kinds[key].itemsize for key in kinds}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, kinds, sizes, lambda key: fuse(pieces[key], state, dtype), max_shard_bytes)
-    config["dtype"] = dtype_name(dtype or own["embedding.tokens.weight"].dtype)
+    config["dtype"] = dtype_name(dtype or widest)
     write_config(folder, config)
-
-
-def save_config(
-    cfg: c.Model,
-    family: Family,
-    folder: Path,
-    *,
-    labels: list[str] | None = None,
-    problem_type: str | None = None,
-    extra_config: Mapping[str, Any] | None = None,
-) -> None:
-    """Write config.json alone, as `save_folder` does."""
-    write_config(folder, folder_config(family, cfg, labels, problem_type, extra_config))
-
-
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def folder_config(
-    family: Family,
-    cfg: c.Model,
-    labels: list[str] | None,
-    problem_type: str | None,
-    extra_config: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    config = merged_config(family, cfg, labels, problem_type, extra_config or {})
-    refuse_untrue(family, cfg, config)
-    return config
 
 
 def fuse(parts: list[tuple[Weight, str]], state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -336,50 +320,3 @@ def fuse(parts: list[tuple[Weight, str]], state: Mapping[str, Tensor], dtype: to
     weight = parts[0][0]
     whole = whole[None] if weight.row else whole.T if weight.transpose and whole.ndim == 2 else whole
     return whole.to("cpu", dtype or whole.dtype)
-
-
-def merged_config(
-    family: Family, cfg: c.Model, labels: list[str] | None, problem_type: str | None, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    config = family.to_hf(cfg)
-    dropped = config.keys() | STALE | LABELS
-    config |= {k: v for k, v in extra.items() if k not in dropped or k.endswith("_token_id")}
-    if labels is None and cfg.classifier and len(extra.get("id2label") or {}) == cfg.classifier.labels:
-        config |= {k: extra[k] for k in LABELS & extra.keys()}
-    if labels is not None:
-        if cfg.classifier is None or len(labels) != cfg.classifier.labels:
-            scores = cfg.classifier.labels if cfg.classifier else 0
-            raise RonnaError(f"{len(labels)} names for {scores} scores", fix="give one name for each label")
-        config |= label_maps(labels)
-    if problem_type is not None:
-        config["problem_type"] = problem_type
-    return config
-
-
-def refuse_untrue(family: Family, cfg: c.Model, config: dict[str, Any]) -> None:
-    """RonnaError unless the config.json, read again, describes the same computation."""
-    back = family_of(config).from_hf(config)
-    back = replace(back, head=back.head if cfg.head else None)
-    if found := difference(computation(cfg), computation(back), "model"):
-        raise RonnaError(
-            f"{family.name} folders cannot express this model: {found}",
-            fix="change that part, or save it with the family that it belongs to",
-        )
-
-
-def computation(cfg: c.Model) -> c.Model:
-    """The model without what makes no difference to its outputs."""
-    return replace(c.without_dropout(cfg), init=c.Init(), context=None, pool=None)
-
-
-def difference(a: Any, b: Any, path: str) -> str | None:
-    """The first place where two trees of parts differ, in words."""
-    if a == b:
-        return None
-    if is_dataclass(a) and type(a) is type(b):
-        pairs = [(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}") for f in fields(a)]
-    elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        pairs = [(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))]
-    else:
-        return f"{path} is {a!r}, there it is {b!r}"
-    return next(found for x, y, where in pairs if (found := difference(x, y, where)))

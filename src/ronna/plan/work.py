@@ -296,8 +296,8 @@ def heads(model: c.Model, read: int, sequences: int, words: int, n: Numbers) -> 
 
 
 def vocabulary(model: c.Model, words: int, n: Numbers, rows: int) -> Work:
-    """The loss of M positions, so many `rows` at a time, and, finished in the same pass, its gradients: logits once, two
-    more products (one where the head is frozen). See `ronna.model.loss`."""
+    """The loss of M positions, so many `rows` at a time, and, finished in the same pass, its gradients: logits once,
+    two more products (one where the head is frozen). See `ronna.model.loss`."""
     w, vocab, e = Work(), model.embedding.vocab, n.compute
     table = vocab * model.dim
     inner = Work()

@@ -20,7 +20,7 @@ from ronna.base.errors import RonnaError
 from ronna.data.sources import Record
 from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, label_names
-from ronna.model.folder import refuse_untrue
+from ronna.model.folder_config import refuse_untrue
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.base import Task, like_lengths

@@ -120,15 +120,23 @@ def write_checkpoint(
     return staging
 
 
-def settle_checkpoint(staging: Path, *, hashes: dict[str, str], keep: int = 2, protect: Collection[int] = ()) -> Path:
-    """Make a checkpoint of what `write_checkpoint` left: sync it, give it its name and read it back, then delete what
-    is older than the newest `keep` (never fewer than two).
+def settle_checkpoint(
+    staging: Path,
+    *,
+    hashes: dict[str, str],
+    keep: int = 2,
+    protect: Collection[int] = (),
+    finish: Callable[[Path], None] = lambda staging: None,
+) -> Path:
+    """Make a checkpoint of what `write_checkpoint` left: let `finish` see to what is still to be made of it, sync it,
+    give it its name and read it back, then delete what is older than the newest `keep` (never fewer than two).
 
     The steps in `protect` are never deleted. Raises RonnaError as `write_checkpoint` does.
     """
     root, final = staging.parent, staging.with_name(staging.name.partition(".tmp-")[0])
     step = int(final.name.removeprefix("step-"))
     with _staged(staging, final):
+        finish(staging)
         _write_manifest(staging, step, hashes)
         os.rename(staging, final)
         _sync(root)

@@ -60,8 +60,10 @@ class Checkpointer:
         state: dict[str, Any],
         protect: Collection[int] = (),
         written: Callable[[Tensor], object] = lambda tensor: None,
+        finish: Callable[[Path], None] = lambda staging: None,
     ) -> None:
-        """Wait for the save before, write everything (`write_checkpoint`), and settle it behind the training."""
+        """Wait for the save before, write everything (`write_checkpoint`), and settle it behind the training; `finish`,
+        rank 0's, is called there (`settle_checkpoint`)."""
         self.wait()
         try:
             staging = write_checkpoint(
@@ -75,7 +77,7 @@ class Checkpointer:
             self._failure = None
             return
         job = partial(settle_checkpoint, staging, hashes=self._hashes, keep=self._keep, protect=frozenset(protect))
-        self._pending = self._pool.submit(job)
+        self._pending = self._pool.submit(partial(job, finish=finish))
 
     def wait(self) -> None:
         """Until nothing is being saved; `latest` is then up to date."""
