@@ -166,7 +166,8 @@ def as_it_is(run: AnyRun, work: Work, before: int, limit: int) -> Fit:
 def planned(run: AnyRun, work: Work, before: int, limit: int, correction: float) -> Fit:
     """correction: what the model took, by its estimate, where that has been seen."""
     device = this_machine(work.step.device)
-    careful = 1 + record.margin(record.read(cache_folder(), work.step.device)) if correction == 1.0 else correction
+    kind = work.step.device
+    careful = 1 + record.margin(record.read(cache_folder(), kind), kind) if correction == 1.0 else correction
     room = int(SHARE * limit) - before
     plans = search(work, room, lambda step: step_time(work.model, step, device).total, careful)
     best = plans[0]

@@ -44,10 +44,11 @@ def test_margin() -> None:
     def grown(percent: int, planned: int = record.TELLING) -> Line:
         return Line("cpu", planned, planned * percent // 100)
 
-    assert record.margin([]) == record.UNMEASURED
+    assert record.margin([], "cpu") == record.UNMEASURED
     few = [grown(150)] * (record.ENOUGH - 1)
-    assert record.margin(few) == record.UNMEASURED
-    assert record.margin([grown(90)] * 40) == record.LEAST
+    assert record.margin(few, "cpu") == record.UNMEASURED
+    assert record.margin(few, "cuda") == record.ON_CARDS > record.UNMEASURED
+    assert record.margin([grown(90)] * 40, "cpu") == record.LEAST
     mixed = [grown(100)] * 38 + [grown(107), grown(160)]
-    assert record.margin(mixed) == pytest.approx(0.07)
-    assert record.margin([*mixed, *[grown(300, record.TELLING - 1)] * 40]) == pytest.approx(0.07)
+    assert record.margin(mixed, "cpu") == pytest.approx(0.07)
+    assert record.margin([*mixed, *[grown(300, record.TELLING - 1)] * 40], "cpu") == pytest.approx(0.07)

@@ -116,10 +116,10 @@ def show(answer: Answer, question: PlanRun) -> None:
 
 def basis(where: Device) -> str:
     """What an estimate of memory rests on, and how far to trust it."""
-    if where.kind == "cuda":
-        return "by arithmetic (no GPU has been measured against it yet)"
     lines = record.read(cache_folder(), where.kind)
-    margin = f"{record.margin(lines):.0%}"
+    margin = f"{record.margin(lines, where.kind):.0%}"
+    if len(lines) < record.ENOUGH and where.kind == "cuda":
+        return f"by arithmetic; most runs on one H200 took at most {margin} more"
     if len(lines) < record.ENOUGH:
         return f"by arithmetic, which has been up to {margin} too low"
     return f"by arithmetic; nineteen of twenty runs here took at most {margin} more"
