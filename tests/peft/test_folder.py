@@ -10,7 +10,8 @@ import transformers as hf
 
 from ronna.base.errors import RonnaError
 from ronna.model.families import read_config
-from ronna.model.folder import load_folder, save_config
+from ronna.model.folder import load_folder
+from ronna.model.folder_config import save_config
 from ronna.model.sequences import Sequences
 from ronna.peft.files import read_adapter
 from ronna.peft.folder import attach_adapter, write_adapter

@@ -13,7 +13,8 @@ from ronna.base.errors import RonnaError
 from ronna.cli import main
 from ronna.model import config as c
 from ronna.model.families import classifier_for, preset
-from ronna.model.folder import load_folder, save_config, save_folder
+from ronna.model.folder import load_folder, save_folder
+from ronna.model.folder_config import save_config
 from ronna.model.init import build
 from ronna.model.transformer import Transformer
 from ronna.peft.changes import activate, merge, unmerge
