@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from steps import matrix_rate
 
 STEPS, WARMUP = 6, 3
 
@@ -190,20 +191,6 @@ def theirs(case: Case, compiled: bool) -> Callable[[int], None]:
     return step
 
 
-def matrix_rate(size: int = 8192, repeats: int = 10) -> float:
-    """Floating-point operations a second of a bf16 product of random matrices."""
-    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
-    times = []
-    for _ in range(4):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 * repeats / statistics.median(times[1:])
-
-
 def one_side(name: str, side: str, profile: bool) -> None:
     case, line = CASES[name], {"case": name, "side": side}
     began = time.perf_counter()
@@ -224,7 +211,7 @@ def one_side(name: str, side: str, profile: bool) -> None:
     reserved = torch.cuda.max_memory_reserved() / 2**30
     if profile:
         profiled(step)
-    rate = matrix_rate()
+    rate = matrix_rate(8192)
     count = case.rows * case.length * case.micro
     line |= {"tokens_per_second": round(count / seconds), "reserved_gib": round(reserved, 2)}
     line |= {"matrix_tflops": round(rate / 1e12), "first_step_s": round(times[0], 1)}

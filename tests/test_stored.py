@@ -30,7 +30,7 @@ def test_the_folder_is_the_one_that_a_single_process_writes(parts: Parts, tmp_pa
     (checkpoint / MODEL).mkdir(parents=True)
     finish = [Store(parts, World(rank=rank, size=2)) for rank in range(2)]
     for store in finish:
-        own = store.weights()[WEIGHTS] if store.world.main else {}  # the first has what both have whole
+        own = store.apart()[WEIGHTS] if store.world.main else {}  # the first has what both have whole
         write_pieces(checkpoint, WEIGHTS, own, store.world, lambda tensor: None)
     first, second = (store.finish() for store in finish)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_the_folder_is_the_one_that_a_single_process_writes(parts: Parts, tmp_pa
 
 def test_parts_that_cannot_be_seen_are_missed(parts: Parts, tmp_path: Path) -> None:
     store = Store(parts, World(rank=0, size=2))
-    write_pieces(tmp_path, WEIGHTS, store.weights()[WEIGHTS], store.world, lambda tensor: None)
+    write_pieces(tmp_path, WEIGHTS, store.apart()[WEIGHTS], store.world, lambda tensor: None)
     with pytest.raises(RonnaError, match="parts of the model of 1 ranks are there, 2 have written some") as caught:
         store.finish()(tmp_path)
     assert caught.value.fix == "train in a folder that all machines share"
@@ -55,9 +55,9 @@ def test_parts_that_cannot_be_seen_are_missed(parts: Parts, tmp_path: Path) -> N
 def test_one_process_and_an_adapter_write_at_once(parts: Parts, tmp_path: Path) -> None:
     alone = Store(parts)
     alone.write_now(tmp_path / "now")
-    assert (tmp_path / "now" / "model.safetensors").is_file() and alone.weights() == {}
+    assert (tmp_path / "now" / "model.safetensors").is_file() and alone.apart() == {}
     later = Store(parts, World(rank=0, size=2))
     later.write_now(tmp_path / "later")
-    assert not (tmp_path / "later").exists() and list(later.weights()) == [WEIGHTS]
+    assert not (tmp_path / "later").exists() and list(later.apart()) == [WEIGHTS]
     parts.peft = LoraConfig()
-    assert Store(parts, World(rank=0, size=2)).weights() == {}
+    assert list(Store(parts, World(rank=0, size=2)).apart()) == ["trained"]

@@ -146,7 +146,6 @@ class Training:
                     now.step,
                     tensors={
                         "optimizer": optimizer_tensors(optimizers, named()),
-                        **self.store.weights(),
                         **self.apart(),
                     },
                     model_files=self.store.write_now,

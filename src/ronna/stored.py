@@ -39,7 +39,9 @@ class Store:
         self.parts, self.world = parts, world
 
     def apart(self) -> dict[str, dict[str, Tensor]]:
-        """What `restore` needs in its own names beside the folder that others read."""
+        """Beside the folder that others read: what `restore` needs in its own names, or what `finish` makes it of."""
+        if self.in_parts:
+            return {WEIGHTS: dict(self.parts.model.named_parameters())}
         return {} if self.parts.peft is None else {"trained": dict(trained(self.parts.model))}
 
     def write(self, folder: Path) -> None:
@@ -79,10 +81,6 @@ class Store:
     @property
     def in_parts(self) -> bool:
         return self.world.size > 1 and self.parts.peft is None
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """What the ranks write of a model that is not gathered."""
-        return {WEIGHTS: dict(self.parts.model.named_parameters())} if self.in_parts else {}
 
     def write_now(self, folder: Path) -> None:
         """`write`, unless it can wait for `finish`."""

@@ -34,7 +34,9 @@ def test_logits_and_gradients_stay(recompute: Recompute) -> None:
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
         for output in outputs:
             output.square().sum().backward()
-    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert type(fast.decoder.blocks[0].feed).__name__ == "function" and list(fast.state_dict()) == list(
+        plain.state_dict()
+    )
     for a, b in zip(fast.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
 

@@ -106,7 +106,7 @@ def test_a_tensor_group_shares_activations_too() -> None:
 
 def test_a_tensor_group_shares_the_words() -> None:
     assert divided(LLAMA, Ranks(tensor=3)).embedding.vocab == -(-LLAMA.embedding.vocab // 3)
-    alone, four = (estimate(LLAMA, step(Ranks(tensor=n), 64)) for n in (1, 4))
+    alone, four = (estimate(LLAMA, step(Ranks(tensor=n), 64, compiled=False)) for n in (1, 4))
     assert (alone.where, four.where) == ("loss", "loss")
     shared = 6 * LLAMA.embedding.vocab * LLAMA.dim  # its table in bf16 and the gradient of it in fp32
     assert alone.held["passing"] - four.held["passing"] == pytest.approx(0.75 * shared, rel=0.01)

@@ -21,7 +21,8 @@ def compile_blocks(model: Transformer) -> None:
         model.head.softmax = torch.compile(fused_softmax_in_place)
     for block in model.modules():
         if isinstance(block, Block):
-            block.finish = torch.compile(block.closed_and_fed) if block.cross is None else None
+            if block.cross is None:
+                block.finish = torch.compile(block.closed_and_fed)
             for part in ("open", "close", "feed"):
                 setattr(block, part, torch.compile(getattr(block, part)))
 

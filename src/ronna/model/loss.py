@@ -84,6 +84,11 @@ def chunk_rows(vocab: int, cuda: bool) -> int:
     return max(64, CHUNK_ELEMENTS // vocab)
 
 
+def tile_rows(logits: Tensor) -> int:
+    """Of a softmax that is worked out at a time."""
+    return max(1, (CHUNK_ELEMENTS if on_card(logits) else TILE_ELEMENTS) // max(1, logits.shape[1]))
+
+
 def aligned(weight: Tensor) -> Tensor:
     """On a GPU with zeros behind it, up to a multiple of 64 words: over a vocabulary of an odd size products in bf16
     take kernels of an older generation."""
@@ -123,7 +128,7 @@ def softmax_in_place(
 
     Worked out in `dtype`, a tile of rows at a time, so that the passes over it do not go to memory.
     """
-    rows = max(1, TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+    rows = tile_rows(logits)
     total = logits.new_zeros((), dtype=dtype)
     even = smoothing / logits.shape[1]
     for tile, label in zip(logits.split(rows), gold.split(rows), strict=True):
@@ -165,8 +170,7 @@ class Words:
         self, logits: Tensor, gold: Tensor, dtype: torch.dtype, training: bool, smoothing: float = 0.0
     ) -> Tensor:
         """This rank's part of what the function of this name returns, of its part of the logits."""
-        tile = CHUNK_ELEMENTS if on_card(logits) else TILE_ELEMENTS
-        rows, even = max(1, tile // max(1, logits.shape[1])), smoothing / self.vocab
+        rows, even = tile_rows(logits), smoothing / self.vocab
         most = self.group.reduced(logits.max(-1, keepdim=True).values.to(dtype), "max")
         tiles = list(zip(logits.split(rows), most.split(rows), gold.split(rows), strict=True))
         sums = [(tile.to(dtype) - top).exp_().sum(-1, keepdim=True) for tile, top, _ in tiles]

@@ -15,7 +15,7 @@ from ronna.model.init import generator
 from ronna.model.layers import Linear, dropout
 from ronna.model.transformer import Transformer
 from ronna.peft.changes import Change, attach_change, changed_linears, targeted
-from ronna.peft.lora import with_product
+from ronna.peft.lora import with_low_rank
 
 
 class AdaLoraConfig(Config):
@@ -59,7 +59,7 @@ class Triplets(Change):
 
     def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
         x, a = dropout(x, self.dropout, self.training), (self.a * self.e[:, None]).to(x.dtype)
-        return with_product(y, x, a, (self.b * self.scale).to(x.dtype))
+        return with_low_rank(y, x, a, (self.b * self.scale).to(x.dtype))
 
     def merged_weight(self, base: Linear) -> Tensor:
         return base.weight.float() + self.scale * (self.b.float() * self.e.float()) @ self.a.float()

@@ -53,7 +53,7 @@ class LowRank(Change):
     def forward(self, base: Linear, x: Tensor, y: Tensor) -> Tensor:
         x, a = dropout(x, self.dropout, self.training), self.here("a").to(x.dtype)
         if self.magnitude is None:
-            return with_product(y, x, a, (self.here("b") * self.scale).to(x.dtype))
+            return with_low_rank(y, x, a, (self.here("b") * self.scale).to(x.dtype))
         # The length of a row is a constant for the gradient, as the paper's section 4.3 has it.
         stretch = self.magnitude / lengths(self.weight(base)).detach()
         bare = y if base.bias is None else y - base.bias.to(y.dtype)
@@ -71,7 +71,7 @@ class LowRank(Change):
         return weight if self.magnitude is None else weight * (self.magnitude / lengths(weight))[:, None]
 
 
-def with_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def with_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y (T, O) + x a^T b^T, for x (T, I), a (r, I) and b (O, r)."""
     if not on_card(y):
         return torch.addmm(y, F.linear(x, a), b.T)

@@ -127,7 +127,7 @@ def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Events:
     gradients stay."""
     e, table, narrow = n.compute, vocab * dim, n.compute != n.weight
     rows = min(words, chunk_rows(vocab, n.cuda))
-    if n.cuda and e == 2:
+    if n.cuda:
         vocab = -(-vocab // 64) * 64
     added = n.cuda and narrow  # each product to the gradient, as it is worked out
     if narrow:
@@ -139,7 +139,7 @@ def chunks(vocab: int, dim: int, words: int, n: Numbers) -> Events:
         yield f"logits {i}", part * vocab * e
         if i:
             yield f"logits {i - 1}", 0
-        at_once = part if n.cuda else min(part, max(1, TILE_ELEMENTS // vocab))
+        at_once = min(part, max(1, (CHUNK_ELEMENTS if n.cuda else TILE_ELEMENTS) // vocab))
         if not n.compiled:
             # The probabilities of a tile, before them its logits in fp32, and the last tile's, which still have a name.
             yield "tiles", at_once * vocab * 4 * (1 + (e != 4) + (at_once < part))

@@ -8,9 +8,7 @@ from pathlib import Path
 LINES = 200  # the newest, which are kept
 ENOUGH = 12  # from which on they are believed more than what the formulas were found to miss by
 UNMEASURED = 0.11  # the most by which an estimate was too low or too high on configurations that were not fitted
-ON_CARDS = (
-    0.25  # what six of seven runs on an H200 stayed below; the rest were small ones with dropout or of many lengths
-)
+ON_CARDS = 0.25  # what six of seven runs on an H200 stayed below, all but small ones with dropout or many lengths
 LEAST = 0.02
 TELLING = 2**28  # bytes of growth below which a run says more of what libraries load than of the formulas
 

@@ -135,8 +135,13 @@ def read_positions(model: c.Model, step: Step) -> int | None:
 def vocabulary_loss(model: c.Model, step: Step) -> Stretch | None:
     if model.head is None:
         return None
-    profile, holes = ends.vocabulary_loss(*loss_sizes(model, step), model.head.bias, step.numbers)
+    profile, holes = ends.vocabulary_loss(*loss_sizes(model, step), model.head.bias, loss_numbers(step))
     return Stretch("loss", profile, holes=holes)
+
+
+def loss_numbers(step: Step) -> Numbers:
+    """The softmax that ranks share word by word is not compiled."""
+    return replace(step.numbers, compiled=step.numbers.compiled and step.ranks.tensor == 1)
 
 
 def loss_sizes(model: c.Model, step: Step) -> tuple[int, int, int]:
@@ -151,7 +156,7 @@ def words_of(model: c.Model, step: Step) -> int | None:
 
 
 def loss_parts(model: c.Model, step: Step) -> Events:
-    return ends.chunks(*loss_sizes(model, step), step.numbers)
+    return ends.chunks(*loss_sizes(model, step), loss_numbers(step))
 
 
 def scene_of(model: c.Model, stack: c.Stack, lengths: Lengths, source: Lengths | None, step: Step) -> Scene:
