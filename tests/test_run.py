@@ -9,6 +9,7 @@ import torch
 
 from ronna import assemble
 from ronna.run import Training, prepare_run
+from ronna.stored import Store
 
 from .test_resume import tuning
 
@@ -32,13 +33,13 @@ def test_what_was_trained_is_let_go_of_before_the_folder_is_opened(more, tiny_be
 
     monkeypatch.setitem(Training.train.__globals__, "stepping", watched)
     seen = []
-    open_folder = Training.finish.__globals__["open_folder"]
+    open_folder = Store.reopened.__globals__["open_folder"]
 
     def opened(*inputs: Any) -> Any:
         seen.append((sum(ref() is not None for ref in weights), sum(ref() is not None for ref in optimizers)))
         return open_folder(*inputs)
 
-    monkeypatch.setitem(Training.finish.__globals__, "open_folder", opened)
+    monkeypatch.setitem(Store.reopened.__globals__, "open_folder", opened)
     report = training.execute()
     assert seen == [(0, 0)] and optimizers and report["parameters"] == training.parts.model.cfg.params()
 

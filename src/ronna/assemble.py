@@ -228,10 +228,12 @@ def read_labelled(run: FinetuneRun) -> Labelled:
     return Labelled(folder, family, cfg, saved, task, examples, lengths, used, hashes, account)
 
 
-def assemble_finetune(run: FinetuneRun, data: Labelled | None = None, allot: Allot = on_cpu) -> Parts:
+def assemble_finetune(
+    run: FinetuneRun, data: Labelled | None = None, world: World = ALONE, allot: Allot = on_cpu
+) -> Parts:
     """A model with the task's head on `data`, which is read where it is not given."""
     data = read_labelled(run) if data is None else data
-    task, examples = data.task, data.examples
+    task, examples = data.task.shared(world), data.examples
     model = finetune_model(run, data, allot)
     parts = Parts(
         model, data.family, data.tokenizer, task, examples["train"], data.lengths, dict(data.hashes), data.account

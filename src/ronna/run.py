@@ -1,6 +1,5 @@
 """A run from its file to its folder: assemble, check, train, test, save, report."""
 
-import gc
 import hashlib
 import json
 import os
@@ -27,7 +26,6 @@ from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
 from ronna.model.init import on_cpu
 from ronna.model.recompute import recompute_blocks
-from ronna.model.transformer import Transformer
 from ronna.packed import Packed, read_packed
 from ronna.parallel.pipeline import absent
 from ronna.parallel.sharded import allot_shards, is_sharded, shard
@@ -35,10 +33,9 @@ from ronna.parallel.world import ALONE, World, joined
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare
 from ronna.peft.methods import NAME, freeze_to
-from ronna.peft.own import every_parameter
 from ronna.report import build_report, write_report
 from ronna.runfile import FinetuneRun, PretrainRun
-from ronna.stored import Store, open_folder
+from ronna.stored import Store
 from ronna.train.checkpoint import Checkpoint, load_checkpoint, load_latest
 from ronna.train.checkpointer import Checkpointer
 from ronna.train.contract import Check, FirstStep, check_start, refuse_failed
@@ -231,19 +228,17 @@ class Training:
         shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, progress: Progress, **more: Any) -> dict[str, Any]:
-        """Test the model that is kept, and write the report; `more` are further fields of it. Rank 0 does it for all,
-        who have nothing to report."""
+        """Test the model that is kept, and write the report; `more` are further fields of it. Ranks test it together,
+        and the first one reports."""
         if progress.best is None or isinstance(self.run, PretrainRun):
             self.keep_best()
+        held = held_in(self.parts.model)
+        scores = {}
+        if isinstance(self.run, FinetuneRun):
+            scores = self.parts.test(self.store.reopened(self.out / "model", self.run.model.quantize, self.device))
+            self.world.at_rest()
         if not self.world.main:
             return {}
-        best, dtype, held = self.parts.model, self.parts.model.compute, held_in(self.parts.model)
-        if isinstance(self.run, FinetuneRun):  # the folder, as `evaluate` will read it
-            if self.world.size == 1:
-                let_go(self.parts.model)
-            best = open_folder(self.out / "model", self.run.model.quantize, dtype).model.to(self.device, dtype)
-        best.compute = dtype
-        scores = self.parts.test(best)
         for name, measured in scores.items():
             say(f"{name}:\n{measured.text()}")
         kinds = (
@@ -274,14 +269,6 @@ class Training:
         if self.fit is not None and progress.step:
             self.fit.remember(self.device, peak, progress.seconds / progress.step)
         return report.model_dump(mode="json")
-
-
-def let_go(model: Transformer) -> None:
-    """Give up the memory of a model's weights, whoever still holds the model, and what else nobody holds any more: an
-    optimizer and the parameters that it steps hold each other."""
-    for tensor in (*every_parameter(model), *model.buffers()):
-        tensor.data, tensor.grad = torch.empty(0), None
-    gc.collect()
 
 
 def training_account(p: Progress, world: World, fit: Fit | None) -> dict[str, Any]:
@@ -352,7 +339,7 @@ def assemble(run: AnyRun, data: Labelled | Packed, world: World, device: torch.d
         assert isinstance(data, Packed)
         return assemble_pretrain(run, data, world, allot)
     assert isinstance(data, Labelled)
-    return assemble_finetune(run, data, allot)
+    return assemble_finetune(run, data, world, allot)
 
 
 def execute(run: AnyRun, *, resume: bool = False) -> dict[str, Any]:

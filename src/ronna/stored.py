@@ -1,5 +1,6 @@
 """What of a model a run writes and reads: the whole of it as a Hugging Face folder, or an adapter as a PEFT folder."""
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,13 +19,15 @@ from ronna.model.folder import Loaded, is_language_model, load_folder, load_weig
 from ronna.model.folder_config import save_config
 from ronna.model.fourbit import Quantize
 from ronna.model.tensorfiles import fingerprint
+from ronna.model.transformer import Transformer
 from ronna.parallel.pipeline import whole_state
-from ronna.parallel.sharded import gathered
+from ronna.parallel.sharded import gathered, rest
 from ronna.parallel.world import ALONE, World
 from ronna.peft.changes import activate
 from ronna.peft.files import AdapterFolder, is_adapter, read_adapter
 from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.methods import trained
+from ronna.peft.own import every_parameter
 from ronna.text.tokenizer import Tokenizer
 from ronna.train.checkpoint import MODEL, Checkpoint
 from ronna.train.pieces import StoredTensors, find_pieces
@@ -117,6 +120,29 @@ class Store:
         stored = checkpoint.tensors("trained")
         for name, parameter in trained(model).items():
             parameter.copy_(stored[name])
+
+    def reopened(self, folder: Path, quantize: Quantize | None, device: torch.device) -> Transformer:
+        """The model that `write` has put there, as `evaluate` will read it. One in shards gets its weights from there,
+        any other is opened anew."""
+        model = self.parts.model
+        self.world.any(False)  # it is there when rank 0 has come here
+        if self.world.size > 1 and self.parts.peft is None:
+            rest(model)
+            load_weights(model, self.parts.family, folder)
+            return model
+        if self.world.size == 1:
+            let_go(model)
+        opened = open_folder(folder, quantize, model.compute).model.to(device, model.compute)
+        opened.compute = model.compute
+        return opened
+
+
+def let_go(model: Transformer) -> None:
+    """Give up the memory of a model's weights, whoever still holds the model, and what else nobody holds any more: an
+    optimizer and the parameters that it steps hold each other."""
+    for tensor in (*every_parameter(model), *model.buffers()):
+        tensor.data, tensor.grad = torch.empty(0), None
+    gc.collect()
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -22,6 +22,8 @@ from ronna.run import execute
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.train.checkpoint import load_latest
 
+from ..conftest import WORDS
+
 RANKS = Path(__file__).with_name("ranks.py")
 TENSOR = {"tensor": 2}, {"tensor": 2, "sequence": False}
 PIPELINE = {"pipeline": 2}, {"pipeline": 2, "chunks": 2}
@@ -132,6 +134,72 @@ def tuned(out: Path, model: Path, **more: object) -> dict:
     run = {"verb": "finetune", "out": str(out), "seed": 3, "device": "cpu", "peft": {"kind": "lora"}, "train": train}
     run["model"] = {"name": str(model), "dropout": 0.0}
     return run | {"data": {"train": str(data), "allow_overlap": True}} | more
+
+
+def task_of(kind: str, data: Path) -> dict:
+    """Rows of a task, in two files, and what a run says of them."""
+    says: dict[str, object] = {
+        "tag": lambda i, w: {"tokens": ["the", w, "film", "was"], "tags": ["O", "B-X" if i % 2 else "B-Y", "O", "O"]},
+        "span_qa": lambda i, w: {
+            "question": "what was it", "context": "fun " * (i % 3) + f"was {w} film",
+            "answers": {"text": [w], "answer_start": [4 * (i % 3) + 4]},
+        },
+        "seq2seq": lambda i, w: {"source": f"the film was {w}", "target": f"{w} fun" + " a plot" * (i % 4)},
+        "classify": lambda i, w: {"text": f"the film {i} was {w} fun", "label": w},
+    }  # fmt: skip
+    for name, count in (("train", 8), ("test", 7)):
+        rows = [says[kind](i, WORDS[(3 * i + len(name)) % len(WORDS)]) for i in range(count)]  # type: ignore[operator]
+        rows = [
+            row | {"label": "good" if i % 2 else "bad"} if kind == "classify" else row for i, row in enumerate(rows)
+        ]
+        (data / f"{kind}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {name: str(data / f"{kind}-{name}.jsonl") for name in ("train", "test")}
+    task = {"kind": kind} | ({"sample": 5, "target_length": 12} if kind == "seq2seq" else {})
+    return {"data": files | {"validation": files["test"], "allow_overlap": True}, "task": task, "peft": None}
+
+
+JUDGED = {
+    "classify": {},
+    "tag": {"peft": {"kind": "houlsby"}},
+    "tag, worse in the end": {"optim": {"kind": "adamw", "lr": 0.1}},
+    "tag, a field over tags": {"task": {"kind": "tag", "crf": True}},
+    "span_qa": {},
+    "span_qa, matrices divided": {"parallel": {"tensor": 2}},
+    "seq2seq, T5": {},
+    "seq2seq, GPT": {},
+}
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_bert, tiny_t5, tiny_gpt, tmp_path_factory):
+    """The folder of runs of two ranks, "0 two" and so on, and of the same alone, "0 one"."""
+    root = tmp_path_factory.mktemp("judged")
+    files = []
+    for number, (name, more) in enumerate(JUDGED.items()):
+        model = {"T5": tiny_t5, "PT": tiny_gpt}.get(name[-2:], tiny_bert)
+        asked = tuned(root / f"{number} two", model, **task_of(name.partition(",")[0], root) | more)
+        files.append(root / f"{number}.json")
+        files[-1].write_text(json.dumps({"run": asked}))
+        alone = {key: value for key, value in asked.items() if key != "parallel"}
+        execute(FinetuneRun.model_validate(alone | {"out": str(root / f"{number} one")}))
+    assert start(2, root, "runs", *files) == [["report"] * len(JUDGED), ["nothing"] * len(JUDGED)]
+    return root
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(JUDGED)))
+def test_ranks_judge_and_test_together_as_one_does(number, name, judged):
+    one, two = (json.loads((judged / f"{number} {who}" / "report.json").read_text()) for who in ("one", "two"))
+    for split in ("test", "validation"):
+        assert one[split] and two[split].keys() == one[split].keys()
+        for metric, found in one[split].items():
+            if isinstance(found, dict) and found.get("value") is not None:
+                assert two[split][metric]["value"] == pytest.approx(found["value"], abs=1e-5), (split, metric)
+    assert len(one["evaluations"]) == 3
+    for a, b in zip(one["evaluations"], two["evaluations"], strict=True):
+        assert a.keys() == b.keys() and all(b[metric] == pytest.approx(value, abs=1e-5) for metric, value in a.items())
+    if "optim" in JUDGED[name]:  # what is tested is not what was there at the end
+        assert one["train"]["best_step"] == two["train"]["best_step"] == 4 and one["test"]["f1"]["value"] > 0.1
+    assert "chrf2" in one["test"] or not name.startswith("seq2seq")
 
 
 @pytest.fixture(scope="module")

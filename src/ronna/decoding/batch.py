@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ronna.decoding.among import SINGLE, Among
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Cache, Memory, Transformer
 
@@ -38,8 +39,9 @@ class Batch:
         model: Transformer,
         prompts: Sequence[Sequence[int]],
         sources: Sequence[Sequence[int]] | None = None,
+        among: Among = SINGLE,
     ):
-        self.model, self.cache, self.memory = model, Cache(), None
+        self.model, self.cache, self.memory, self.among = model, Cache(), None, among
         rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
         self.tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(model.device)
         self.lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -48,6 +50,7 @@ class Batch:
             flat = torch.tensor([token for source in sources for token in source], dtype=torch.long)
             lengths = [len(source) for source in sources]
             self.memory = model.encode(flat.to(model.device), Sequences.of(lengths, model.device))
+        self.one = self.one_source() if among.parts > 1 else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -55,6 +58,8 @@ class Batch:
     def logits(self) -> Tensor:
         """(B, V) fp32 for each sequence's next token. Feeds the model what its cache does not hold yet."""
         assert self.model.head is not None
+        if self.among.parts > 1:
+            self.among.any(True)
         if self.cache.layers:
             past = self.lengths - 1
             sequences = Sequences(torch.ones(len(self), dtype=torch.long), past, self.model.device)
@@ -64,6 +69,18 @@ class Batch:
             fed = self.tokens[self.tokens >= 0]
         hidden = self.model.hidden(fed, sequences, memory=self.memory, cache=self.cache, at=sequences.last)
         return self.model.head(hidden).float()
+
+    def one_source(self) -> Memory | None:
+        """What a decoder reads of the first sequence."""
+        if self.memory is None:
+            return None
+        length = int(self.memory.sequences.lengths[0])
+        return Memory(self.memory.states[:length].clone(), Sequences.of([length], self.model.device))
+
+    def wait(self) -> None:
+        """Take part in what the others' sequences still need of a model that all compute together."""
+        while self.among.parts > 1 and self.among.any(False):
+            self.model.hidden(self.tokens.new_zeros(1), Sequences.of([1], self.model.device), memory=self.one)
 
     def append(self, tokens: Tensor) -> None:
         """One more token (B,) for each sequence."""

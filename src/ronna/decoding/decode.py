@@ -3,14 +3,16 @@
 Legend: B sequences, V vocabulary.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ronna.base.errors import RonnaError
+from ronna.decoding.among import SINGLE, Among, turns
 from ronna.decoding.batch import Batch, inference
 from ronna.decoding.beam import beam_search
 from ronna.decoding.sampling import GenerateConfig, choose, draw_keys, penalise
@@ -50,6 +52,7 @@ def generate(
     decode: Decode | None = None,
     on_token: OnToken | None = None,
     batch_size: int = 64,
+    among: Among = SINGLE,
 ) -> list[Generation]:
     """One continuation for each prompt (an encoder-decoder's source), in order.
 
@@ -57,6 +60,7 @@ def generate(
     one an empty prompt stands for (BOS). decode: tokens to text, without special tokens.
     on_token(index, token, text, finish) is called as tokens come, with the text that has become certain, so
     that the texts of an index add up to its `Generation.text`; the call with a finish is its last.
+    among: those that share the prompts, all of whom get all continuations.
 
     What comes out for a prompt depends on its index, never on the other prompts. A sequence ends with
     "length" after max_tokens or where prompt and continuation fill the model's positions.
@@ -68,22 +72,33 @@ def generate(
     _check(model, config, decode, on_token)
     starts = [_start(model, index, prompt, start) for index, prompt in enumerate(prompts)]
     room = [_room(model, config, tokens) for tokens in starts]
-    results = [Generation([], None if decode is None else "", "length", 0.0)] * len(prompts)
+    results = dict[int, Generation]()
     # Neighbours of like length waste least of the cache.
     order = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: -len(prompts[i]))
     with inference(model):
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
+        batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        for indices, own in turns(batches, among):
             sources = [prompts[i] for i in indices] if model.encoder is not None else None
-            batch = Batch(model, [starts[i] for i in indices], sources)
+            batch = Batch(model, [starts[i] for i in indices], sources, among)
             limits = torch.tensor([room[i] for i in indices], device=model.device)
             if config.beams > 1:
                 found = _search(batch, config, eos, limits, decode)
             else:
                 found = _sample(batch, config, eos, limits, decode, on_token, indices)
-            for index, generation in zip(indices, found, strict=True):
-                results[index] = generation
-    return results
+            batch.wait()
+            results |= zip(indices, found, strict=True) if own else ()
+    nothing = Generation([], None if decode is None else "", "length", 0.0)
+    every = brought(results, among)
+    return [every.get(index, nothing) for index in range(len(prompts))]
+
+
+def brought(results: dict[int, Generation], among: Among) -> dict[int, Generation]:
+    """Those of all who share the prompts."""
+    if among.parts == 1:
+        return results
+    said = json.dumps([(index, *astuple(generation)) for index, generation in results.items()]).encode()
+    lists = [json.loads(bytes(part.tolist())) for part in among.from_parts(torch.tensor(list(said), dtype=torch.uint8))]
+    return {index: Generation(*generation) for some in lists for index, *generation in some}
 
 
 def _check(model: Transformer, config: GenerateConfig, decode: Decode | None, on_token: OnToken | None) -> None:

@@ -161,14 +161,18 @@ class World:
         return self.rank // self.together
 
     @property
+    def parts(self) -> int:
+        return self.size // self.together
+
+    @property
     def first_copy(self) -> bool:
         """Whether this rank has part of the model's first copy."""
         return self.mesh is None or self.mesh.get_local_rank("replicate") == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The part of a list that is this rank's: parts are consecutive and differ by one item at most."""
-        n, parts = len(items), self.size // self.together
-        return items[n * self.part // parts : n * (self.part + 1) // parts]
+        n = len(items)
+        return items[n * self.part // self.parts : n * (self.part + 1) // self.parts]
 
     def total(self, numbers: Sequence[int]) -> list[int]:
         """Sums over all parts of the samples."""
@@ -210,6 +214,20 @@ class World:
         if said:
             dist.broadcast(values, source, group=self.pipe)
         return dict(zip(said, values.unbind(), strict=True))
+
+    def from_parts(self, mine: Tensor) -> list[Tensor]:
+        """(n, ...) of each part of the samples, in order, on a CPU; n may differ."""
+        if self.size == 1:
+            return [mine]
+        self.call()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(mine)]))
+        if (longest := max(map(int, lengths))) == 0:
+            return [mine] * self.parts
+        padded = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
+        every = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(every, padded)
+        return [some[: int(n)] for some, n in zip(every, lengths, strict=True)][:: self.together]
 
     def any(self, here: bool) -> bool:
         """Whether it is so on some rank."""

@@ -1,14 +1,16 @@
 """What `finetune`, `evaluate` and `predict` ask of a task, and what tasks share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
+import torch
 
 from ronna.data.badrows import BadRow, BadRows
 from ronna.data.sources import Record
+from ronna.decoding.among import SINGLE, Among, owned, turns
 from ronna.model.config import Classifier, Model
 from ronna.model.families import Family
 from ronna.model.transformer import Transformer
@@ -45,6 +47,7 @@ class Task(ABC):
     together: ClassVar[int] = 1  # samples that an item becomes, of which the loss needs all at once
     writes: ClassVar[bool] = False  # whether its answers are text, for which a decoder needs its vocabulary head
     batch_tokens: int = 8192  # of a batch of inference; a run with little memory has less
+    among: Among = SINGLE  # those that share such batches
 
     # From records to rows
 
@@ -90,8 +93,16 @@ class Task(ABC):
 
     def reading(self, batch_tokens: int) -> Self:
         """The same, with batches of inference of at most so many tokens."""
+        return self.with_one(batch_tokens=batch_tokens)
+
+    def shared(self, among: Among) -> Self:
+        """The same, with batches of inference divided among several, all of whom get all answers."""
+        return self.with_one(among=among)
+
+    def with_one(self, **attribute: Any) -> Self:
         other = copy(self)
-        object.__setattr__(other, "batch_tokens", batch_tokens)  # tasks are frozen
+        for name, value in attribute.items():
+            object.__setattr__(other, name, value)  # tasks are frozen
         return other
 
     @property
@@ -162,6 +173,30 @@ class Task(ABC):
 
     @abstractmethod
     def infer(self, model: Transformer, examples: Sequence[Any]) -> Any: ...
+
+    def each(
+        self, model: Transformer, lengths: Sequence[int], compute: Callable[[list[int]], Iterable[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """What `compute` says of every unit, of so many tokens, in batches of like length: of each unit an array, which
+        may differ from others in its first dimension alone."""
+        model.eval()
+        batches = list(like_lengths(lengths, self.batch_tokens, model.ahead))
+        found, said = list[np.ndarray](), list[np.ndarray]()
+        with torch.inference_mode():
+            for indices, own in turns(batches, self.among):
+                said = list(compute(indices))
+                found += said if own else []
+        if not batches:
+            return []
+        rows = self.among.from_parts(torch.from_numpy(np.concatenate(found or [said[0][:0]])))
+        sizes = self.among.from_parts(torch.tensor([len(some) for some in found], dtype=torch.int64))
+        whole: list[np.ndarray] = [said[0]] * len(lengths)
+        for part, (all_rows, each) in enumerate(zip(rows, sizes, strict=True)):
+            indices = [i for batch in owned(batches, part, self.among) for i in batch]
+            ends = np.cumsum(each.numpy())[:-1]
+            for i, some in zip(indices, np.split(all_rows.numpy(), ends) if indices else [], strict=True):
+                whole[i] = some
+        return whole
 
     @abstractmethod
     def mean_loss(self, examples: Sequence[Any], scores: Any) -> float: ...

@@ -23,7 +23,7 @@ from ronna.model.families import Family, classifier_for, label_names
 from ronna.model.folder_config import refuse_untrue
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
-from ronna.tasks.base import Task, like_lengths
+from ronna.tasks.base import Task
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
@@ -236,15 +236,15 @@ class Classify(Task):
         gold = torch.from_numpy(np.asarray([e.target for e in examples]))
         return float(self.criterion(torch.from_numpy(scores), gold)) / len(examples)
 
-    @torch.inference_mode()
     def infer(self, model: Transformer, examples: Sequence[Example]) -> np.ndarray:
-        """Scores (N, K) in the order of the examples, computed in batches of like length."""
-        model.eval()
-        scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        for indices in like_lengths([len(e.tokens) for e in examples], self.batch_tokens, model.ahead):
+        """Scores (N, K) in the order of the examples."""
+
+        def scores_of(indices: list[int]) -> np.ndarray:
             samples = [Sample(examples[i].tokens, segments=examples[i].segments) for i in indices]
-            scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
-        return scores
+            return self.scores(model, collate(self, samples, model.device))[:, None].cpu().numpy()
+
+        none = np.zeros((0, len(self.labels)), np.float32)
+        return np.concatenate([none, *self.each(model, [len(e.tokens) for e in examples], scores_of)])
 
     def decode(self, rows: Sequence[Row], examples: Sequence[Example], scores: np.ndarray) -> list[dict[str, Any]]:
         """A label with probabilities, labels, or a score."""

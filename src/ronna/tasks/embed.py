@@ -8,7 +8,7 @@ Legend: B texts, C channels, n anchors, m candidates.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, islice
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -25,7 +25,7 @@ from ronna.model.config import Model
 from ronna.model.families import Family
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate
-from ronna.tasks.base import Task, like_lengths
+from ronna.tasks.base import Task
 from ronna.tasks.encoding import encode_inputs
 from ronna.tasks.metrics import Scores, mean_scores, regression_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
@@ -232,16 +232,16 @@ class Embed(Task):
         right = (near.argmax(-1) == gold).sum()
         return Loss({"embed": F.cross_entropy(near, gold, reduction="sum")}, {"embed_accuracy": right})
 
-    @torch.inference_mode()
     def infer(self, model: Transformer, examples: Sequence[Example]) -> list[np.ndarray]:
         """Vectors (texts, C) of each example, of length 1."""
-        model.eval()
         flat = [tokens for e in examples for tokens in e.texts]
-        found = np.zeros((len(flat), model.cfg.dim), np.float32)
-        for indices in like_lengths([len(t) for t in flat], self.batch_tokens, model.ahead):
+
+        def vectors_of(indices: list[int]) -> np.ndarray:
             batch = collate(self.bare, [Sample(flat[i]) for i in indices], model.device)
-            found[indices] = self.vectors(model, batch).cpu().numpy()
-        return np.split(found, np.cumsum([len(e.texts) for e in examples])[:-1]) if examples else []
+            return self.vectors(model, batch)[:, None].cpu().numpy()
+
+        found = iter(self.each(model, [len(tokens) for tokens in flat], vectors_of))
+        return [np.concatenate(list(islice(found, len(e.texts)))) for e in examples]
 
     @property
     def bare(self) -> Any:

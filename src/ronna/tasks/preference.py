@@ -12,7 +12,6 @@ from itertools import compress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -23,7 +22,6 @@ from ronna.data.sources import Record
 from ronna.model.loss import token_log_probs
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, predicted_states
-from ronna.tasks.base import like_lengths
 from ronna.tasks.conversation import ASKED, LISTS, Conversation, read_conversation
 from ronna.tasks.dialogue import Dialogue, DialogueConfig
 from ronna.tasks.metrics import Scores, mean_scores
@@ -185,17 +183,18 @@ class Preference(Dialogue):
         stats = {"dpo_accuracy": (margins > 0).float().sum(), "dpo_margin": margins.detach().sum() * self.config.beta}
         return Loss({"dpo": -F.logsigmoid(self.config.beta * margins).sum()}, stats)
 
-    @torch.inference_mode()
     def log_probs(self, model: Transformer, pairs: Sequence[Pair]) -> np.ndarray:
         """(P, 2) of the chosen and the rejected answers, zeros where one of them is too long to be read."""
-        model.eval()
         samples = [self.samples(pair, np.random.default_rng(0)) for pair in pairs]
         there = [i for i, some in enumerate(samples) if some]
+
+        def of_both(indices: list[int]) -> np.ndarray:
+            batch = collate(self, [s for i in indices for s in samples[there[i]]], model.device)
+            return self.sequence_log_probs(model, batch).view(-1, 1, 2).cpu().numpy()
+
         found = np.zeros((len(pairs), 2))
-        for indices in like_lengths([sum(len(s.tokens) for s in samples[i]) for i in there], self.batch_tokens):
-            some = [there[i] for i in indices]
-            batch = collate(self, [s for i in some for s in samples[i]], model.device)
-            found[some] = self.sequence_log_probs(model, batch).view(-1, 2).cpu().numpy()
+        each = self.each(model, [sum(len(s.tokens) for s in samples[i]) for i in there], of_both)
+        found[there] = np.concatenate([np.zeros((0, 2)), *each])
         return found
 
     def infer(self, model: Transformer, examples: Sequence[Any]) -> Any:

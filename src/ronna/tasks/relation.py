@@ -23,7 +23,7 @@ from ronna.model.config import Classifier, Model
 from ronna.model.families import Family, classifier_for, label_names
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
-from ronna.tasks.base import Task, like_lengths
+from ronna.tasks.base import Task
 from ronna.tasks.labels import check_known, label_name, usable_label
 from ronna.tasks.losses import cross_entropy
 from ronna.tasks.metrics import Scores, relation_scores
@@ -259,15 +259,15 @@ class Relation(Task):
         gold = torch.tensor([e.target for e in examples])
         return float(cross_entropy(torch.from_numpy(scores), gold, None, 0.0)) / len(examples)
 
-    @torch.inference_mode()
     def infer(self, model: Transformer, examples: Sequence[Example]) -> np.ndarray:
         """Scores (N, K) in the order of the examples."""
-        model.eval()
-        scores = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        for indices in like_lengths([len(e.tokens) for e in examples], self.batch_tokens, model.ahead):
+
+        def scores_of(indices: list[int]) -> np.ndarray:
             samples = [Sample(examples[i].tokens, predict=examples[i].places) for i in indices]
-            scores[indices] = self.scores(model, collate(self, samples, model.device)).cpu().numpy()
-        return scores
+            return self.scores(model, collate(self, samples, model.device))[:, None].cpu().numpy()
+
+        none = np.zeros((0, len(self.labels)), np.float32)
+        return np.concatenate([none, *self.each(model, [len(e.tokens) for e in examples], scores_of)])
 
     def measure(self, examples: Sequence[Example], scores: np.ndarray) -> Scores:
         return relation_scores(np.array([e.target for e in examples]), scores.argmax(-1), self.labels)

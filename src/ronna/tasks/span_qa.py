@@ -5,7 +5,7 @@ Legend: M places of a batch that may be a start or an end, B windows, n places o
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, islice
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -24,7 +24,7 @@ from ronna.model.families import Family, classifier_for
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.answers import best_of, counting_of
-from ronna.tasks.base import Task, like_lengths
+from ronna.tasks.base import Task
 from ronna.tasks.metrics import Scores, mean_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
 from ronna.tasks.truncation import CUT, UNFIT, WINDOWED, count, keep_rows
@@ -280,19 +280,18 @@ class SpanQA(Task):
         both = F.cross_entropy(rows.transpose(1, 2).flatten(0, 1), batch.targets.flatten(), reduction="sum")
         return Loss({"span": both / 2})
 
-    @torch.inference_mode()
     def infer(self, model: Transformer, examples: Sequence[Example]) -> Found:
         """Scores (n, 2) of every window of every example."""
-        model.eval()
-        found: Found = [[np.zeros((0, 2), np.float32)] * len(e.windows) for e in examples]
-        all_windows = [(i, j, w) for i, e in enumerate(examples) for j, w in enumerate(e.windows)]
-        for indices in like_lengths([len(w.tokens) for _, _, w in all_windows], self.batch_tokens, model.ahead):
-            some = [all_windows[i] for i in indices]
-            samples = [Sample(w.tokens, predict=w.places, segments=w.segments) for _, _, w in some]
+        windows = [window for e in examples for window in e.windows]
+
+        def scores_of(indices: list[int]) -> list[np.ndarray]:
+            some = [windows[i] for i in indices]
+            samples = [Sample(w.tokens, predict=w.places, segments=w.segments) for w in some]
             scores, places = self.scores(model, collate(self, samples, model.device))
-            for (i, j, _), part in zip(some, scores.cpu().split(places), strict=True):
-                found[i][j] = part.numpy()
-        return found
+            return [part.numpy() for part in scores.cpu().split(places)]
+
+        found = iter(self.each(model, [len(w.tokens) for w in windows], scores_of))
+        return [list(islice(found, len(e.windows))) for e in examples]
 
     def mean_loss(self, examples: Sequence[Example], scores: Found) -> float:
         """Over the windows that training would see."""

@@ -22,7 +22,7 @@ from ronna.model.families import Family, classifier_for, label_names
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
-from ronna.tasks.base import Task, like_lengths
+from ronna.tasks.base import Task
 from ronna.tasks.crf import Chains, Steps, batched, marginals, negative_log_likelihood
 from ronna.tasks.metrics import Scores, span_scores
 from ronna.tasks.schema import Columns, Usual, find_columns
@@ -222,20 +222,22 @@ class Tag(Task):
         steps = Steps.of(transitions, self.rules)
         return Loss({"tag": negative_log_likelihood(scores, batch.labels, chains(batch), steps).sum()})
 
-    @torch.inference_mode()
     def infer(self, model: Transformer, examples: Sequence[Example]) -> WordScores:
-        model.eval()
         scores = [np.zeros((e.words, len(self.labels)), np.float32) for e in examples]
         pieces = [(i, piece) for i, e in enumerate(examples) for piece in e.pieces]
-        for indices in like_lengths([len(p.tokens) for _, p in pieces], self.batch_tokens, model.ahead):
-            some = [pieces[i] for i in indices]
-            batch = collate(self, [Sample(p.tokens, predict=p.places) for _, p in some], model.device)
+
+        def scores_of(indices: list[int]) -> list[np.ndarray]:
+            some = [pieces[i][1] for i in indices]
+            batch = collate(self, [Sample(p.tokens, predict=p.places) for p in some], model.device)
             found = log_softmax(self.scores(model, batch).cpu().numpy(), axis=-1)
-            ends = np.cumsum([len(p.places) for _, p in some])
-            for (i, p), rows in zip(some, np.split(found, ends[:-1]), strict=True):
-                scores[i][p.words] = rows
+            return np.split(found, np.cumsum([len(p.places) for p in some])[:-1])
+
+        found = self.each(model, [len(p.tokens) for _, p in pieces], scores_of)
+        for (i, piece), rows in zip(pieces, found, strict=True):
+            scores[i][piece.words] = rows
         transitions = None if model.classifier is None else model.classifier.transitions
-        return WordScores(scores, None if transitions is None else transitions.float().cpu().numpy())
+        # A copy: what numpy has looked at cannot be let go of by a model in shards.
+        return WordScores(scores, None if transitions is None else transitions.detach().float().cpu().clone().numpy())
 
     def mean_loss(self, examples: Sequence[Example], scores: WordScores) -> float:
         words = max(1, sum(e.words for e in examples))

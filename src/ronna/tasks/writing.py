@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ronna.base.errors import RonnaError
+from ronna.decoding.among import turns
 from ronna.decoding.decode import Generation, generate
 from ronna.decoding.sampling import GenerateConfig
 from ronna.model.config import Model
@@ -150,11 +151,12 @@ class Writing(Task):
         total, tokens = 0.0, 0
         model.eval()
         with torch.inference_mode():
-            for indices in like_lengths(sizes, self.batch_tokens):
+            for indices, own in turns(list(like_lengths(sizes, self.batch_tokens)), self.among):
                 batch = collate(self, [samples[i] for i in indices], model.device)
-                total += float(self.loss(model, batch).sums[self.term])
-                tokens += batch.counts[self.term]
-        return total, tokens
+                nats = float(self.loss(model, batch).sums[self.term])
+                total, tokens = (total + nats, tokens + batch.counts[self.term]) if own else (total, tokens)
+        every = torch.cat(self.among.from_parts(torch.tensor([[total, tokens]], dtype=torch.float64)))
+        return float(every[:, 0].sum()), int(every[:, 1].sum())
 
     def write(
         self, model: Transformer, prompts: Sequence[np.ndarray], config: GenerateConfig | None = None
@@ -168,6 +170,7 @@ class Writing(Task):
             eos=self.ends.eos,
             start=self.ends.start,
             decode=self.tokenizer.decode,
+            among=self.among,
         )
 
     def infer(self, model: Transformer, examples: Sequence[Example]) -> Written:
