@@ -1,9 +1,11 @@
 """The largest model under an enforced limit: what the planner says, whether it trains, and what a larger one does.
 
     python benchmarks/largest.py --memory 2GiB [--model llama-130m] [--batch 4] [--length 128] [--steps 10] [--bisect]
+    python benchmarks/largest.py --memory 4GiB --model bert-base --task classify --length 512
 
 The planner is asked with `--largest --probe`, its run file is trained for some steps in a control group that may hold
-no more, and so are models of the same family, larger by 5%, with the same settings. With --bisect the largest of the
+no more, and so are models of the same family, larger by 5%, with the same settings. With --task classify encoders are
+fine-tuned, new weights on texts that are all as long as may be. With --bisect the largest of the
 family that trains three steps there is found by real runs alone. Needs Linux and the right to make a control group.
 Prints a JSON line a run.
 """
@@ -27,10 +29,12 @@ from ronna.base.config import build, dump_toml, read_toml
 from ronna.model.recompute import Recompute
 from ronna.plan.hardware import parse_bytes
 from ronna.plan.scaling import largest
-from ronna.runfile import PretrainRun
+from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.verbs.plan import ladder, plan
 
 ROOT = Path("/sys/fs/cgroup")
+AnyRun = PretrainRun | FinetuneRun
+VOCAB = 8192
 
 
 @contextmanager
@@ -51,18 +55,41 @@ def inside(group: Path) -> list[str]:
     return ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
 
 
-def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str, Any]:
+def texts(folder: Path, rows: int) -> dict[str, str]:
+    """A tokenizer and labelled texts of some 700 words: what a question about fine-tuning names."""
+    from ronna import api
+    from ronna.demo.corpus import build_corpus
+
+    build_corpus(folder / "corpus")
+    words = {"kind": "wordpiece", "vocab": VOCAB}
+    api.train_tokenizer(out=str(folder / "tokenizer"), input=[str(folder / "corpus" / "text")], tokenizer=words)
+    known = [line for path in sorted((folder / "corpus" / "text").rglob("*")) if path.is_file()
+             for line in path.read_text().split()]  # fmt: skip
+    for split, count in (("train", rows), ("validation", 4)):
+        some = [{"text": " ".join(known[700 * i : 700 * (i + 1)]), "label": "ab"[i % 2]} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return {"tokenizer": str(folder / "tokenizer"), "data": str(folder / "train.jsonl")}
+
+
+def in_short(run: AnyRun, folder: Path, out: Path, steps: int) -> AnyRun:
+    """Judged and saved once, at the end: a checkpoint of such a model is gigabytes."""
+    train = run.train.model_copy(update={"steps": steps, "evaluate_every": steps, "save_every": steps})
+    if isinstance(run, PretrainRun):
+        held: dict[str, Any] = {"validation_rows": 4}
+    else:
+        held = {"validation": str(folder / "validation.jsonl"), "allow_overlap": True}
+    data = run.data.model_copy(update=held)
+    return run.model_copy(update={"out": str(out), "train": train, "data": data})
+
+
+def trained(run: AnyRun, folder: Path, group: Path, steps: int) -> dict[str, Any]:
     """What becomes of a run within the group."""
     out = folder / f"run-{time.time_ns()}"
-    # Judged and saved once, at the end: a checkpoint of such a model is gigabytes.
-    train = run.train.model_copy(update={"steps": steps, "evaluate_every": steps, "save_every": steps})
-    data = run.data.model_copy(update={"validation_rows": 4})
-    tree = run.model_copy(update={"out": str(out), "train": train, "data": data})
     path = folder / "limited.toml"
-    path.write_text(dump_toml(tree))
+    path.write_text(dump_toml(in_short(run, folder, out, steps)))
     command = [*inside(group), sys.executable, "-m", "ronna"]
     began = time.perf_counter()
-    done = subprocess.run([*command, "pretrain", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, run.verb, str(path)], capture_output=True, text=True, check=False)
     found: dict[str, Any] = {"code": done.returncode, "seconds": round(time.perf_counter() - began, 1)}
     if done.returncode == 0:
         report = json.loads((out / "report.json").read_text())
@@ -75,7 +102,7 @@ def trained(run: PretrainRun, folder: Path, group: Path, steps: int) -> dict[str
     return found
 
 
-def as_many_kept(run: PretrainRun, settings: dict[str, Any]) -> Recompute:
+def as_many_kept(run: AnyRun, settings: dict[str, Any]) -> Recompute:
     """The blocks that a plan computes again, of a model of another depth: as many are kept as in the plan's."""
     planned, layers = run.train.recompute, "num_hidden_layers"
     if planned.blocks == "all":
@@ -88,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", default="2GiB")
     parser.add_argument("--model", default="llama-130m")
+    parser.add_argument("--task", choices=["clm", "classify"], default="clm")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
@@ -98,16 +126,18 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name, limited(parse_bytes(a.memory)) as group:
         folder = Path(name)
-        data = shards(folder)
         question: dict[str, Any] = {"model": a.model, "memory": a.memory, "hardware": "cpu", "batch": a.batch}
-        question |= {"length": a.length, "vocab": 8192, "largest": True, "probe": True}
-        question |= {"write": f"{folder}/plan.toml", "data": data, "out": f"{folder}/out"}
+        question |= {"length": a.length, "largest": True, "probe": True, "task": a.task}
+        question |= {"write": f"{folder}/plan.toml", "out": f"{folder}/out"}
+        tuning = a.task == "classify"
+        question |= texts(folder, a.batch * a.steps) if tuning else {"vocab": VOCAB, "data": shards(folder)}
         asked = build(PlanRun, question, where="largest")
         answer = plan(asked)
         best = answer["plans"][0]
         print(json.dumps({"planned": answer["parameters"], "way": best["name"], "peak": best["peak_bytes"],
                           "tried": answer["tried"]}), flush=True)  # fmt: skip
-        run = build(PretrainRun, read_toml(f"{folder}/plan.toml"), where="plan.toml")
+        kind: type[AnyRun] = FinetuneRun if tuning else PretrainRun
+        run: AnyRun = build(kind, read_toml(f"{folder}/plan.toml"), where="plan.toml")
         print(json.dumps({"run": answer["parameters"]} | trained(run, folder, group, a.steps)), flush=True)
         sizes = ladder(asked, published(asked, a.model)[1])
 

@@ -47,6 +47,7 @@ class PlanRun(Config):
     batch: int | None = Field(None, ge=1)  # sequences or rows a step; None: 32
     length: int | None = Field(None, ge=8)  # tokens of them; None: 512, or what the model has
     vocab: int | None = Field(None, ge=1)  # of a preset
+    tokenizer: str | None = None  # folder of a preset's, which says its vocabulary too
     optim: OptimizerKind = "adamw"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tokens: PositiveFloat | None = None  # to train on
@@ -101,10 +102,24 @@ def published(question: PlanRun, name: str) -> tuple[Family, c.Model]:
     if folder.is_dir():
         if question.vocab is not None:
             raise RonnaError("a folder's vocabulary is its own", where="vocab", fix="leave it out, or name a preset")
+        if question.tokenizer is not None:
+            fix = "leave it out, or name a preset"
+            raise RonnaError("a model folder has a tokenizer of its own", where="tokenizer", fix=fix)
         return read_config(folder)
     if name not in PRESETS and ("/" in name or name.startswith(".")):
         return read_config(folder)  # which says that there is no such folder
-    return preset(name, **({} if question.vocab is None else {"vocab_size": question.vocab}))
+    return preset(name, **vocabulary(question))
+
+
+def vocabulary(question: PlanRun) -> dict[str, int]:
+    """Settings of a preset. Raises RonnaError."""
+    if question.tokenizer is None:
+        return {} if question.vocab is None else {"vocab_size": question.vocab}
+    if question.vocab is not None:
+        raise RonnaError("a tokenizer says how many tokens it has", where="vocab", fix="leave one of the two out")
+    from ronna.text.tokenizer import load_tokenizer  # a tenth of a second, which few questions need
+
+    return {"vocab_size": load_tokenizer(question.tokenizer).vocab_size}
 
 
 def asked(

@@ -71,6 +71,7 @@ VERBS: dict[str, Verb] = {
          Flag("--batch", "batch", "sequences or packed rows a step (default 32)", NUMBER),
          Flag("--length", "length", "tokens of each (default 512)", NUMBER),
          Flag("--vocab", "vocab", "tokens of a preset's vocabulary", NUMBER),
+         Flag("--tokenizer", "tokenizer", "folder of a preset's tokenizer"),
          Flag("--optim", "optim", "adamw, adam, sgd, muon, adafactor, adamw8bit, apollo"),
          Flag("--precision", "precision", "auto, fp32, bf16"),
          Flag("--tokens", "tokens", "to train on: how long does it take?", NUMBER),

@@ -205,10 +205,15 @@ def named_run(question: PlanRun, found: Asked, settings: Tree) -> AnyRun:
         model = {"name": question.model, "settings": settings}
         tree |= {"model": model, "objective": {"kind": found.task}, "optim": {"kind": question.optim}}
         return build(PretrainRun, tree, where="write")
+    model = {"name": question.model}
     if settings or question.model in PRESETS:
-        fix = "name a model folder"
-        raise RonnaError("a preset has no weights to fine-tune", where=f"model {question.model}", fix=fix)
-    tree |= {"model": {"name": question.model}, "task": {"kind": "dialogue" if found.task == "clm" else found.task}}
+        if question.tokenizer is None or question.peft is not None:
+            fix = "name a model folder" + (
+                ", or a tokenizer for new ones (--tokenizer)" if question.peft is None else ""
+            )
+            raise RonnaError("a preset has no weights to fine-tune", where=f"model {question.model}", fix=fix)
+        model |= {"settings": settings, "tokenizer": question.tokenizer}
+    tree |= {"model": model, "task": {"kind": "dialogue" if found.task == "clm" else found.task}}
     tree["optim"] = {"kind": question.optim}
     if question.quantize is not None:
         tree["model"]["quantize"] = question.quantize

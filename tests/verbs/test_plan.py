@@ -21,6 +21,7 @@ from ronna.peft.lora import LoraConfig
 from ronna.plan.hardware import PROCESS, cpu, parse_bytes
 from ronna.plan.memory import estimate
 from ronna.runfile import FinetuneRun, PretrainRun
+from ronna.text.tokenizer import load_tokenizer
 from ronna.trial import Taken
 from ronna.verbs.plan import plan
 
@@ -194,6 +195,8 @@ def test_precision_vocabulary_and_rank() -> None:
         ({"model": "gpt2", "hardware": "2xh200", "machine": 0}, ["machine"]),
         ({"model": "gpt2", "hardware": "2xh200", "network": -1}, ["network"]),
         ({"model": "./x", "largest": True}, ["family"]),
+        ({"model": "gpt2", "tokenizer": "./nowhere"}, ["nowhere"]),
+        ({"model": "gpt2", "tokenizer": "t", "vocab": 100}, ["vocab", "one of the two"]),
         ({"model": "nowhere.toml"}, ["nowhere.toml", "cannot be read"]),
     ],
     ids=str,
@@ -231,6 +234,25 @@ def test_a_written_adapter_has_a_base(tiny_bert: Path, tmp_path: Path) -> None:
     run = build(FinetuneRun, read_toml(path), where=str(path))
     assert run.peft == HoulsbyConfig(size=4)
     assert "weights to fine-tune" in refused(model="bert-base", peft="lora", data="rows.csv", write=str(path))
+
+
+def test_new_weights_are_tuned_with_a_tokenizer(tiny_bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    asked: dict[str, Any] = {"model": "bert-base", "task": "classify", "data": "rows.csv", "write": str(path)}
+    said = refused(**asked)
+    assert "weights to fine-tune" in said and "--tokenizer" in said
+    assert "new ones" not in refused(**asked, peft="lora", tokenizer=str(tiny_bert))
+    asked |= {"largest": True, "memory": "2GiB", "hardware": "cpu", "batch": 4, "length": 64}
+    answer = ask(**asked, tokenizer=str(tiny_bert))
+    run = build(FinetuneRun, read_toml(path), where=str(path))
+    assert (run.model.name, run.model.settings, run.model.tokenizer) == (
+        "bert-base",
+        answer["settings"],
+        str(tiny_bert),
+    )
+    assert (run.task.kind, run.train.length, run.peft) == ("classify", 64, None)
+    vocab = load_tokenizer(tiny_bert).vocab_size
+    assert answer["parameters"] == ask(**asked | {"write": None}, vocab=vocab)["parameters"]
 
 
 def test_a_run_file_says_the_rest_itself(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ronna.asked import Asked, PlanRun, asked, has_gpu, published, this_machine
+from ronna.asked import Asked, PlanRun, asked, has_gpu, published, this_machine, vocabulary
 from ronna.base.config import Tree, dump_toml
 from ronna.base.errors import RonnaError
 from ronna.base.track import say
@@ -260,7 +260,7 @@ def ladder(question: PlanRun, base: c.Model) -> list[tuple[Tree, c.Model]]:
     """Sizes of a preset's family by settings, small to large, heads and feed-forward in its proportions."""
     block = base.last.blocks[0]
     attention, hidden = block.attention, block.ffn.hidden / base.dim
-    found = []
+    found, vocab = [], vocabulary(question)
     for width, blocks in proportions(attention.head_dim):
         heads = width // attention.head_dim
         settings: Tree = {
@@ -273,7 +273,6 @@ def ladder(question: PlanRun, base: c.Model) -> list[tuple[Tree, c.Model]]:
             if heads % (shares := attention.heads // attention.kv):
                 continue
             settings["num_key_value_heads"] = heads // shares
-        vocab = {} if question.vocab is None else {"vocab_size": question.vocab}
         found.append((settings, preset(question.model, **settings, **vocab)[1]))
     return sorted(found, key=lambda size: size[1].params())
 
