@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -30,11 +32,20 @@ PIPELINE = {"pipeline": 2}, {"pipeline": 2, "chunks": 2}
 PIPELINE_OF_FOUR = {"pipeline": 2}, {"pipeline": 2, "tensor": 2}, {"pipeline": 2, "context": 2}
 
 
+def free_ports(count: int) -> int:
+    """The first of so many in a row; below those that the system gives to whoever asks for any."""
+    for _ in range(100):
+        first = random.randrange(20000, 32000)
+        with suppress(OSError), ExitStack() as held:
+            for port in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError("no free ports")
+
+
 def start(ranks: int, folder: Path, *arguments: object, **variables: str) -> list:
     """What `ranks.py` finds on each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(40)  # a group of ranks after the other takes the next
     common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | variables
     case, *files = map(str, arguments)
     command = [sys.executable, str(RANKS), case, str(folder), *files]
