@@ -297,6 +297,9 @@ def test_pretrain_refuses_what_cannot_work(tiny_bert, tiny_gpt, reviews, tmp_pat
     assert "64 positions" in capsys.readouterr().err
     assert main([*call, "--model", "gpt3-tiny", "--objective", "clm"]) == 2
     assert "gpt2-tiny" in capsys.readouterr().err
+    absent = ["pretrain", "--model", "x", "--objective", "clm", "--data", "nowhere", "--out", "o"]
+    assert main([*absent, "--memory", "lots"]) == 2  # before anything is looked for
+    assert "memory 'lots'" in capsys.readouterr().err
     assert main([*call, "--model", str(tiny_gpt), "--objective", "clm", "--batch", "2"]) == 0
 
 

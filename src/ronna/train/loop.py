@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
@@ -24,10 +24,19 @@ from ronna.objectives.base import Batch, Loss, Objective, Totals, WholeBatch, of
 from ronna.parallel.pipeline import Handed, turning, turns_of
 from ronna.parallel.sharded import rest
 from ronna.parallel.world import ALONE, World
+from ronna.plan.hardware import parse_bytes
 from ronna.train.rows import EmbeddingRows
 from ronna.train.schedule import Schedule, lr_scale, set_lr
 from ronna.train.update import Backward, Update, WholeUpdate
 
+
+def amount(text: str) -> str:
+    """Raises RonnaError where it is none, before any data are read."""
+    parse_bytes(text)
+    return text
+
+
+Amount = Annotated[str, AfterValidator(amount)]
 Offload = Annotated[tuple[Literal["optimizer", "activations"], ...], BeforeValidator(one_or_more)]
 
 
@@ -47,7 +56,7 @@ class TrainConfig(Config):
     weights: Literal["fp32", "bf16"] = "fp32"  # what matrices are held in; bf16 is rounded by chance (`portions`)
     fused_backward: bool = False  # step each parameter inside the backward pass, and free its gradient at once
     offload: Offload = ()  # to the host's memory, or of a CPU run to disk
-    memory: str | None = None  # "6GiB": the most to hold; the planner then chooses what above and below saves memory
+    memory: Amount | None = None  # "6GiB": the most to hold; the planner then chooses what above and below saves memory
     clip: float = Field(1.0, ge=0)  # the most that the norm of the gradient may be; 0: anything
     log_every: int | None = Field(None, ge=1)  # None: fifty times in the run
     evaluate_every: int | None = Field(None, ge=1)  # None: ten times in the run
