@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = getattr(importlib.import_module(module), function)(config, **options)
     except RonnaError as error:
         rank = int(os.environ.get("RANK", "0"))
-        print(f"ronna: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        if not error.said:
+            print(f"ronna: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0

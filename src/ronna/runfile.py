@@ -91,7 +91,7 @@ class PretrainRun(Config):
     objective: Annotated[MLMConfig | CLMConfig | DenoiseConfig, Field(discriminator="kind")]
     optim: OptimizerConfig = AdamW()
     schedule: Schedule = Linear(warmup=0.05)
-    train: TrainConfig
+    train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
     track: TrackConfig = TrackConfig()
 

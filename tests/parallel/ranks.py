@@ -235,7 +235,7 @@ def case_runs(files: list[str]) -> list:
         except Interrupted:
             found.append("interrupted")
         except (RonnaError, RankLost) as error:
-            found.append(str(error))
+            found.append(("again: " if getattr(error, "said", False) else "") + str(error))
         finally:
             Run.step = STEP
     return found

@@ -283,6 +283,7 @@ def test_what_cannot_be_shared_is_refused_by_name(trained):
     _, said, _ = trained
     for rank in said:
         assert "the optimizer apollo does not work on several ranks" in rank[3] and "optim.kind" in rank[3]
+    assert [rank[3].startswith("again: ") for rank in said] == [False, True]  # to be read once
 
 
 def test_a_run_goes_on_with_fewer_and_with_more_ranks(trained, tmp_path):
@@ -352,7 +353,9 @@ def test_from_the_command_line(shards, tmp_path):
     assert json.loads(done.stdout)["train"]["steps"] == 2 and done.stderr.count("computing in") == 1
     done = subprocess.run([*command, "--set", "parallel.replicate=3"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "parallel.replicate: 2 ranks cannot hold 3 copies" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("fix:") == 1
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("holds a run already") == 1, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ class RonnaError(Exception):
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
+        self.said = False  # by another process of the run
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -32,6 +32,7 @@ from ronna.base.errors import RonnaError
 
 T = TypeVar("T")
 ENDS = "ends"  # dimension of a mesh
+HEARD = 2.0  # seconds that a rank which ends with an error waits for others with the same
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -102,6 +103,19 @@ class Roll:
         steps = [int(count) for count in counts]
         behind = [rank for rank, step in enumerate(steps) if step == min(steps) < max(steps)]
         return "".join(f"; rank {rank} lives, but did not come where the others are" for rank in behind)
+
+    def as_rank_0(self, words: str) -> bool:
+        """Whether this is another rank than 0, which ends with the same words: once is enough to read them."""
+        wait, same = timedelta(seconds=HEARD), False
+        with suppress(RuntimeError):
+            if self.rank == 0:  # with which the store goes, so the others should have looked
+                self.store.set("end", words)
+                self.store.wait([f"read {rank}" for rank in range(1, self.size)], wait)
+                return False
+            self.store.wait(["end"], wait)
+            same = self.store.get("end").decode() == words
+            self.store.set(f"read {self.rank}", "")
+        return same
 
     def words(self, kind: str) -> list[str]:
         keys = [f"{kind} {rank}" for rank in range(self.size)]
@@ -280,7 +294,13 @@ def together_of(config: ParallelConfig) -> int:
     return config.pipeline * config.context * config.tensor
 
 
-def refuse_uneven(config: ParallelConfig, size: int) -> None:
+def refuse_degrees(config: ParallelConfig, size: int) -> None:
+    """RonnaError where ranks cannot be divided as asked."""
+    if config.chunks > 1 and config.pipeline == 1:
+        fix = "give parallel.pipeline as well"
+        raise RonnaError("a rank that has all blocks has them in one run", where="parallel.chunks", fix=fix)
+    if size % (config.replicate * together_of(config)) == 0:
+        return
     copies = "one copy" if config.replicate == 1 else f"{config.replicate} copies"
     what, together = f"{size} ranks cannot hold {copies} of a model", together_of(config)
     what += f" divided over {together}" if together > 1 else ""
@@ -313,6 +333,16 @@ def in_meshes(config: ParallelConfig, world: World, kind: str) -> World:
 
 
 @contextmanager
+def said_once(roll: Roll) -> Iterator[None]:
+    """What the user can mend is mostly the same on all ranks."""
+    try:
+        yield
+    except RonnaError as error:
+        error.said = roll.as_rank_0(str(error))
+        raise
+
+
+@contextmanager
 def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     """This process among the others that were started with it, as one of a run's ranks, until the run ends.
 
@@ -329,11 +359,11 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
         yield ALONE
         return
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if config.chunks > 1 and config.pipeline == 1:
-        fix = "give parallel.pipeline as well"
-        raise RonnaError("a rank that has all blocks has them in one run", where="parallel.chunks", fix=fix)
-    if size % (config.replicate * together_of(config)):
-        refuse_uneven(config, size)
+    try:
+        refuse_degrees(config, size)
+    except RonnaError as error:
+        error.said = rank > 0
+        raise
     cuda = choose_device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -343,7 +373,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     roll = Roll(rank, size, config.timeout)
     try:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        with roll:
+        with roll, said_once(roll):
             yield in_meshes(config, World(rank, size, roll=roll, here=here), "cuda" if cuda else "cpu")
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(said in str(error) for said in LOST):
