@@ -79,6 +79,15 @@ def test_predict_streams_every_record_in_order(tuned, reviews, tmp_path):
     assert sum(r["prediction"]["label"] == r["label"] for r in rows) / len(rows) > 0.9
 
 
+def test_predict_says_what_it_has_cut(tuned, tmp_path, capsys):
+    rows = [{"text": "the film was great " * many} for many in (1, 30, 2, 40)]
+    write(tmp_path / "long.jsonl", *map(json.dumps, rows))
+    call = ["predict", "--model", f"{tuned}/model", "--input", str(tmp_path / "long.jsonl"), "--json"]
+    assert main([*call, "--output", str(tmp_path / "out"), "--set", "batch=2"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["data"]["cut"] == 2 and "2 cut" in printed.err
+
+
 def test_predict_reads_standard_input_and_writes_standard_output(tuned):
     command = [sys.executable, "-m", "ronna", "predict", "--model", f"{tuned}/model"]
     line = json.dumps({"text": "the film was great", "id": 7}) + "\n"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,11 +83,11 @@ class Loaded:
             raise RonnaError("no task head", where=self.folder, fix="`ronna finetune` one, or use generate")
         return self.task
 
-    def answer(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
-        """The prediction for each of the task's rows."""
+    def answer(self, rows: Sequence[Any], account: dict[str, int] | None = None) -> list[dict[str, Any]]:
+        """The prediction for each of the task's rows. What is done about long ones is counted in `account`."""
         task = self.with_task()
         self.at_work()
-        examples = task.encode(rows)
+        examples = task.encode(rows, account)
         return task.decode(rows, examples, task.infer(self.model, examples))
 
     def generate(self, prompts: Sequence[Any], config: GenerateConfig | None = None) -> list[Generation]:
@@ -227,7 +228,8 @@ def predict(run: PredictRun) -> dict[str, Any]:
     bad = BadRows(limit=run.max_bad_rows)
     task = loaded.with_task()
     triples = None if run.relations is None else triples_of(loaded, run.relations, run)
-    answer = loaded.answer if triples is None else triples.answer
+    account: dict[str, int] = {}
+    answer = partial(loaded.answer, account=account) if triples is None else triples.answer
     given = (
         read_json_stream(sys.stdin.buffer, "standard input", bad=bad)
         if run.input == "-"
@@ -244,7 +246,9 @@ def predict(run: PredictRun) -> dict[str, Any]:
                 file.write(json.dumps({**fields, "prediction": said}, ensure_ascii=False, default=str) + "\n")
             file.flush()
     if triples is None:
-        return {"data": bad.summary()}
+        if long := ", ".join(f"{number:,} {word}" for word, number in account.items() if number):
+            say(f"longer than {loaded.length} tokens: {long}")
+        return {"data": {**bad.summary(), **account}}
     say(triples.account.text(run.pairs))
     return {"data": bad.summary(), "triples": asdict(triples.account)}
 
