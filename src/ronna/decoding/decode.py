@@ -96,8 +96,9 @@ def brought(results: dict[int, Generation], among: Among) -> dict[int, Generatio
     """Those of all who share the prompts."""
     if among.parts == 1:
         return results
-    said = json.dumps([(index, *astuple(generation)) for index, generation in results.items()]).encode()
-    lists = [json.loads(bytes(part.tolist())) for part in among.from_parts(torch.tensor(list(said), dtype=torch.uint8))]
+    said = json.dumps([(index, *astuple(generation)) for index, generation in results.items()])
+    parts = among.from_parts(torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8))
+    lists = [json.loads(part.numpy().tobytes()) for part in parts]
     return {index: Generation(*generation) for some in lists for index, *generation in some}
 
 
