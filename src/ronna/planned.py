@@ -208,9 +208,8 @@ def named_run(question: PlanRun, found: Asked, settings: Tree) -> AnyRun:
     model = {"name": question.model}
     if settings or question.model in PRESETS:
         if question.tokenizer is None or question.peft is not None:
-            fix = "name a model folder" + (
-                ", or a tokenizer for new ones (--tokenizer)" if question.peft is None else ""
-            )
+            more = ", or a tokenizer for new ones (--tokenizer)" if question.peft is None else ""
+            fix = f"name a model folder{more}"
             raise RonnaError("a preset has no weights to fine-tune", where=f"model {question.model}", fix=fix)
         model |= {"settings": settings, "tokenizer": question.tokenizer}
     tree |= {"model": model, "task": {"kind": "dialogue" if found.task == "clm" else found.task}}
