@@ -65,6 +65,59 @@ def test_what_is_freed_is_kept_and_all_of_the_heap_lies_in_large_pages() -> None
     assert done.stdout == "ok\n", done.stderr
 
 
+THREADS = """
+import ctypes, sys, threading
+from ronna.base.heap import ranges, share_one_heap
+
+if "share" in sys.argv:
+    share_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+
+def look():
+    block = libc.malloc(1000)
+    print(any(start <= block < stop for start, stop in ranges()))
+
+thread = threading.Thread(target=look)
+thread.start()
+thread.join()
+"""
+TIGHT = """
+import ctypes
+from ronna.base.device import resident_bytes
+from ronna.base.heap import M_MMAP_MAX, Heap
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.mallopt(M_MMAP_MAX, 0)
+blocks = [libc.malloc(2**20) for _ in range(64)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**20)
+for block in blocks[:-1]:  # the last one stays behind them
+    libc.free(block)
+before = resident_bytes()
+Heap(tight=True)
+print((before - resident_bytes()) / 2**20)
+"""
+
+
+def told(code: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_threads_that_begin_later_have_the_one_heap() -> None:
+    assert (told(THREADS), told(THREADS, "share")) == ("False", "True")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_what_was_free_before_is_given_back_where_memory_goes_before_time() -> None:
+    assert float(told(TIGHT)) > 60
+
+
 PRODUCTS = """
 import ctypes
 import torch

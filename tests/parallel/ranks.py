@@ -4,6 +4,7 @@
 run files one after another. What was found is written to FOLDER/rank-N.json.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -166,7 +167,8 @@ def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict
 
 
 def narrowed(world: World) -> dict[str, float | list[str]]:
-    """In bf16: how far all gradients together are off, and what blocks are gathered and gradients are added up in."""
+    """In bf16: how far all gradients together are off, and what blocks are gathered and gradients are added up in;
+    and how many heaps there are by now."""
     one, many, seen = model_of("llama-tiny", "words"), model_of("llama-tiny", "words"), set()
     one.compute = many.compute = torch.bfloat16
     batches = [batch(number, one.cfg) for number in range(world.size)]
@@ -178,7 +180,22 @@ def narrowed(world: World) -> dict[str, float | list[str]]:
     found = dict(many.named_parameters())
     apart = sum(float((whole(found[n].grad) - p.grad).norm()) ** 2 for n, p in one.named_parameters()) ** 0.5
     size = sum(float(p.grad.norm()) ** 2 for p in one.parameters()) ** 0.5
-    return {"far": apart / size, "gathered": sorted(seen), "added up": [str(up.weight.grad.dtype)]}
+    added = [str(up.weight.grad.dtype)]
+    return {"far": apart / size, "gathered": sorted(seen), "added up": added, "heaps": heaps()}
+
+
+def heaps() -> int:
+    """Of this process, where glibc says it."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_info"):
+        return 1
+    libc.open_memstream.restype = ctypes.c_void_p
+    libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+    text, size = ctypes.c_char_p(), ctypes.c_size_t()
+    stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    return (text.value or b"").count(b"<heap nr=")
 
 
 def case_gradients() -> list[dict]:

@@ -88,6 +88,7 @@ def test_losses_and_gradients_are_those_of_one_process(ranks, degrees, tmp_path)
             if narrow := cases.pop("narrow", None):
                 assert narrow["far"] < 0.02, narrow
                 assert narrow["gathered"] == ["torch.bfloat16"] and narrow["added up"] == ["torch.float32"]
+                assert narrow["heaps"] == 1
             assert (narrow is not None) == (how == {} and not double)
             some = (2 if ranks == 4 else 6) if "pipeline" in how else 9
             assert len(cases) == (12 if how == {"context": 2} else some)

@@ -19,6 +19,7 @@ from ronna.plan.stretches import Step
 from ronna.plan.time import Time, flops, micro_batch, optimizer, step_time
 from ronna.plan.weights import Optimizer
 from ronna.plan.work import PRODUCTS
+from ronna.train.optim import Muon, build_optimizer
 from ronna.train.rows import EmbeddingRows
 
 from .test_memory import RAGGED, built, first_of_each_family, objective, samples, small, step_of
@@ -194,9 +195,9 @@ def test_operations_of_muon() -> None:
     model = small("llama-tiny")
     step = step_of(model, FULL, "lm", optimizer=Optimizer("muon"))
     made = built(model, step)
-    matrices = [p for name, p in made.named_parameters() if p.ndim == 2 and "blocks" in name]
-    for p in matrices:
+    matrices = [(name, p) for name, p in made.named_parameters() if p.ndim == 2 and "blocks" in name]
+    for _, p in matrices:
         p.grad = torch.randn_like(p)
     with FlopCounterMode(display=False) as counter:
-        torch.optim.Muon(matrices).step()
+        build_optimizer(Muon(), matrices)[0].step()
     assert optimizer(model, step)["narrow"] == counter.get_total_flops()

@@ -65,7 +65,7 @@ def describe(device: str = "auto") -> Hardware:
         cores=_cores(),
         memory_total=total,
         memory_available=available,
-        bf16_fast=_bf16_fast(chosen),
+        bf16_fast=has_bf16(chosen),
         has_compiler=any(map(shutil.which, (os.environ.get("CXX") or "c++", "c++", "g++", "clang++"))),
     )
 
@@ -96,7 +96,7 @@ def choose_precision(name: str, device: "torch.device") -> "tuple[torch.dtype, s
     """The dtype to compute in, and why: `auto` takes bf16 only where the hardware has it, `fp32`, `bf16`."""
     import torch
 
-    fast = _bf16_fast(device)
+    fast = has_bf16(device)
     hardware = f"{device.type} {'has' if fast else 'has no'} bf16 instructions"
     if name == "auto":
         return (torch.bfloat16 if fast else torch.float32), hardware
@@ -151,7 +151,8 @@ def peak_bytes(device: "torch.device") -> int:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident_bytes()
 
 
-def _bf16_fast(device: "torch.device") -> bool:
+def has_bf16(device: "torch.device") -> bool:
+    """Whether it has instructions for bf16."""
     import torch
 
     if device.type == "cuda":

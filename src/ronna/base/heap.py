@@ -4,12 +4,13 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from ronna.base.device import resident_bytes
 
 # Address space by which the heap grows each time. Nothing of it is taken before it is used.
 GROWTH = 2**30
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
 LARGE = 2**18  # bytes of a block that is mapped apart where memory goes before time
 MADV_HUGEPAGE = 14  # mman.h
 AGAIN = 1.1  # growth over what there is after free memory was given back, until it is tried again
@@ -36,8 +37,7 @@ class Heap:
     def __init__(self, tight: bool = False, most: int | None = None) -> None:
         """Does nothing where there is no glibc or the kernel has no such pages."""
         self.most = most
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self.libc = libc if hasattr(libc, "mallopt") else None
+        self.libc = glibc()
         if self.libc is None:
             return
         self.libc.sbrk.restype = self.libc.malloc.restype = ctypes.c_void_p
@@ -45,9 +45,10 @@ class Heap:
         self.libc.malloc.argtypes, self.libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
         self.end = 0
         if tight:
-            small = ((M_TRIM_THRESHOLD, 2**27), (M_TOP_PAD, 2**24))  # for what is not
+            small = ((M_TRIM_THRESHOLD, 2**23), (M_TOP_PAD, 2**20))  # for what is not
             for option, value in ((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 2**16), *small):
                 self.libc.mallopt(option, value)
+            release()  # large blocks would take what is free now, and be kept
             self.libc = None
             return
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, GROWTH)):
@@ -73,11 +74,24 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, KERNELS)
 
 
+def share_one_heap() -> None:
+    """Let all threads that begin from now on have the one heap. By default each gets a heap of its own, and gloo has
+    two threads a group of ranks, which keep up to 13 MiB each of what they have freed. Does nothing where there is no
+    glibc."""
+    if libc := glibc():
+        libc.mallopt(M_ARENA_MAX, 1)
+
+
 def release() -> None:
     """Give what is free in the heap back to the system now. Does nothing where there is no glibc."""
+    if libc := glibc():
+        libc.malloc_trim(0)
+
+
+def glibc() -> Any:
+    """None where there is none."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # type: ignore[union-attr]
+    return libc if hasattr(libc, "mallopt") else None
 
 
 def ranges() -> list[tuple[int, int]]:

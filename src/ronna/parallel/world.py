@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ronna.base.config import Config
 from ronna.base.device import choose_device
 from ronna.base.errors import RonnaError
+from ronna.base.heap import share_one_heap
 
 T = TypeVar("T")
 ENDS = "ends"  # dimension of a mesh
@@ -367,6 +368,8 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     cuda = choose_device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        share_one_heap()
     stop_with_starter()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))

@@ -15,7 +15,7 @@ from ronna.plan.ends import chunk_rows
 from ronna.plan.hardware import Device
 from ronna.plan.memory import estimate
 from ronna.plan.ranks import blocks, divided, sent, share
-from ronna.plan.shapes import BYTES, Dtype, Lengths, Numbers
+from ronna.plan.shapes import BYTES, Lengths, Numbers
 from ronna.plan.stages import Stage, stages, waits
 from ronna.plan.stretches import Step, Table, read_positions, scene_of
 from ronna.plan.weights import Optimizer, Weight, adapted, states, weights
@@ -157,9 +157,8 @@ def spent(work: Mapping[str, float], step: Step, device: Device) -> float:
 
 def cost(kind: str, step: Step, device: Device) -> float:
     """Seconds of one unit of a kind of work."""
-    if kind == "narrow":  # muon multiplies in bf16
-        other: Dtype = "bf16" if device.rates["bf16"] else "fp32"
-        return cost("linear", replace(step, compute=other), device)
+    if kind == "narrow":  # muon multiplies in bf16 where there are instructions for it
+        return cost("linear", replace(step, compute=device.precision()), device)
     for key in (f"{step.compute} {kind}", kind):
         if key in device.costs:
             return device.costs[key]

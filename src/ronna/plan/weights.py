@@ -200,6 +200,6 @@ def scratch(optimizer: Optimizer, learning: list[Weight], width: int) -> int:
 
 
 def muon(w: Weight, width: int) -> int:
-    """Of the matrix: the update, and in bf16 the result before it, its own, the next and two products with itself."""
+    """Of the matrix: what becomes of the update, the next, and two products with itself; in bf16 it can be less."""
     short, size = min(w.rows, w.columns), w.rows * w.columns
-    return width * size + max(2 * (3 * size + 2 * short**2), 2 * 2 * size + width * size)
+    return width * (2 * size + 2 * short**2)

@@ -21,6 +21,7 @@ from ronna.base.errors import RonnaError
 from ronna.model.boxes import local, whole
 from ronna.parallel.world import ENDS
 from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
+from ronna.train.muon import MuonOptimizer
 
 Decay = Annotated[float, Field(ge=0.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -161,15 +162,7 @@ def _build_one(config: OptimizerConfig, parameters: list[Parameter]) -> Optimize
         fused = _can_fuse(parameters)
         return torch.optim.Adam(parameters, config.lr, config.betas, config.eps, fused=fused)
     if isinstance(config, Muon):
-        return torch.optim.Muon(
-            parameters,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            ns_steps=config.steps,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        return MuonOptimizer(parameters, config.lr, config.momentum, config.nesterov, config.steps, config.weight_decay)
     groups = _decay_groups(parameters, config.weight_decay)
     if isinstance(config, AdamW):
         fused = _can_fuse(parameters)
