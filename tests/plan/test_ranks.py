@@ -89,6 +89,14 @@ def test_blocks_are_whole_one_at_a_time() -> None:
     assert estimate(LLAMA, eight).where == "loss" and estimate(LLAMA, eight).held["gathered"] == 4 * around(LLAMA)
 
 
+def test_the_last_block_is_gathered_again_beside_what_all_have_kept() -> None:
+    model = preset("llama-tiny", hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_hidden_layers=8)[1]
+    found = estimate(model, Step(Lengths(4, 64), ranks=Ranks(shard=4)))
+    assert found.where == "gathering block 7"
+    assert found.held["activations"] == sum(found.activations)
+    assert found.held["passing"] == 2 * 4 * block_sizes(model)[7] + 4 * 64 * model.dim * 4  # and a gradient
+
+
 def test_micro_batches_keep_their_share_of_the_gradients() -> None:
     one, more = (estimate(LLAMA, step(Ranks(shard=8), micro_batches=n)) for n in (1, 2))
     assert more.peak > one.peak

@@ -169,9 +169,9 @@ class Shards:
         walk.now["gathered"] = self.around
         walk.now["gradients"] += self.around if self.kept else 0
 
-    def enter(self, walk: Walk, block: int) -> None:
+    def enter(self, walk: Walk, block: int, beside: int = 0) -> None:
         size = self.blocks[block]
-        walk.moment(f"gathering block {block}", 2 * size)
+        walk.moment(f"gathering block {block}", 2 * size + beside)
         walk.now["gathered"] += self.ahead * size
 
     def leave(self, walk: Walk, block: int | None) -> None:
@@ -234,9 +234,9 @@ def backward(walk: Walk, stretches: list[Stretch], step: Step, stepping: tuple[i
     if shards:
         around_blocks, shards.whole = shards.whole, 0
     for first, s, last in borders(stretches[::-1]):
+        if shards and first and s.block is not None:  # what it has kept waits beside the gradient of what it gave
+            shards.enter(walk, s.block, s.profile.out + memory)
         walk.add(s, -1)
-        if shards and first and s.block is not None:
-            shards.enter(walk, s.block)
         if s.gives:
             memory = 0
         memory = max(memory, s.memory)
