@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from memory import shards
 
+from ronna.base.device import describe
+
 
 class Case(NamedTuple):
     ranks: int
@@ -25,7 +27,6 @@ class Case(NamedTuple):
     batch: int  # rows of a rank that divides none with others
     length: int
     precision: str = "fp32"
-    dim: int = 768
     layers: int = 12
     micro_batch: int | None = None
 
@@ -40,7 +41,7 @@ CASES = {
     "two to a block, whole rows": Case(2, {"tensor": 2, "sequence": False}, 16, 128),
     "two shards x two to a block": Case(4, {"tensor": 2}, 8, 128),
     "two stages": Case(2, {"pipeline": 2}, 16, 128, layers=8, micro_batch=4),
-    "long, alone": Case(1, {}, 2, 1024, dim=768, layers=4),
+    "long, alone": Case(1, {}, 2, 1024, layers=4),
     "two to a text": Case(2, {"context": 2}, 2, 1024, layers=4),
     "four to a text": Case(4, {"context": 4}, 2, 1024, layers=4),
     "two to a text x two to a block": Case(4, {"context": 2, "tensor": 2}, 2, 1024, layers=4),
@@ -49,9 +50,8 @@ CASES = {
 
 
 def measured(case: Case, steps: int, data: str, folder: Path) -> tuple[int, int]:
-    heads = case.dim // 64
-    settings = {"hidden_size": case.dim, "num_hidden_layers": case.layers, "intermediate_size": case.dim * 8 // 3}
-    settings |= {"num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 1024}
+    settings = {"hidden_size": 768, "num_hidden_layers": case.layers, "intermediate_size": 2048}
+    settings |= {"num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 1024}
     together = case.parallel.get("tensor", 1) * case.parallel.get("context", 1) * case.parallel.get("pipeline", 1)
     asked = {
         "data": {"train": data, "validation_rows": 8},
@@ -79,7 +79,7 @@ def measured(case: Case, steps: int, data: str, folder: Path) -> tuple[int, int]
     return line["planned"], line["measured"]
 
 
-def inline(values: dict[str, int]) -> str:
+def inline(values: dict[str, int | bool]) -> str:
     return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) + "}"
 
 
@@ -93,11 +93,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         data = a.data or shards(Path(home))
         for name in a.only:
+            if CASES[name].precision == "bf16" and not describe("cpu").bf16_fast:
+                print(f"{name}: left out, this CPU has no bf16 instructions", file=sys.stderr)
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 planned, grown = measured(CASES[name], a.steps, data, Path(folder))
             misses.append(grown / planned - 1)
             print(json.dumps({"name": name, "planned_mib": planned >> 20, "grown_mib": grown >> 20}), flush=True)
             print(f"{name}: planned {planned >> 20:,} MiB, took {grown >> 20:,} ({misses[-1]:+.1%})", file=sys.stderr)
+    if not misses:
+        return
     mean, worst = statistics.mean(map(abs, misses)), max(misses, key=abs)
     print(f"{len(misses)} runs: {mean:.1%} off on average, {worst:+.1%} at the most", file=sys.stderr)
 

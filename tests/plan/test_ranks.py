@@ -90,7 +90,9 @@ def test_blocks_are_whole_one_at_a_time() -> None:
 
 
 def test_the_last_block_is_gathered_again_beside_what_all_have_kept() -> None:
-    model = preset("llama-tiny", hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_hidden_layers=8)[1]
+    model = preset("llama-tiny", hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_hidden_layers=8)[
+        1
+    ]
     found = estimate(model, Step(Lengths(4, 64), ranks=Ranks(shard=4)))
     assert found.where == "gathering block 7"
     assert found.held["activations"] == sum(found.activations)
