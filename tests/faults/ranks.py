@@ -127,32 +127,33 @@ class Bench:
         assert code == 0, said
         self.wanted = digest(self.whole)
 
-    def command(self, out: Path, ranks: int, *more: str) -> list[str]:
+    def command(self, out: Path, ranks: int, *more: str, torchrun: bool = False) -> list[str]:
         tree = [f"train.steps={STEPS}", "train.save_every=1", "train.log_every=1", "train.evaluate_every=2"]
         tree += ["train.batch=4", "train.length=32", "train.keep=4", "model.dropout=0.0", "train.precision=fp32"]
         tree += [f"parallel.timeout={TIMEOUT}", f'data.train="{self.data}"', f'data.validation="{self.data}"']
-        made = [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "pretrain",
-            "--nproc",
-            str(ranks),
-            "--model",
-            "bert-tiny",
-        ]
-        made += ["--objective", "mlm", "--out", str(out), "--seed", "3", "--device", "cpu", *more]
+        made = [sys.executable, str(Path(__file__).resolve()), "pretrain"]
+        if torchrun:
+            agent = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "1"]
+            made[1:1] = [*agent, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+            made.append("--resume")
+        else:
+            made += ["--nproc", str(ranks)]
+        made += ["--model", "bert-tiny", "--objective", "mlm", "--out", str(out)]
+        made += ["--seed", "3", "--device", "cpu", *more]
         return [*made, *(word for key in tree for word in ("--set", key))]
 
-    def start(self, out: Path, *more: str, ranks: int = 2, where: Where | None = None) -> subprocess.Popen:
+    def start(self, out: Path, *more: str, ranks: int = 2, where: Where | None = None, **by: bool) -> subprocess.Popen:
         told = {"RONNA_FAULT": json.dumps(vars(where))} if where is not None else {}
+        if by.get("torchrun"):  # whose ranks find those that are gone in a store that they share, and cannot meet again
+            told["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         env = os.environ | {"OMP_NUM_THREADS": "1", **told}
         err = (self.folder / "said").open("w+")
         return subprocess.Popen(
-            self.command(out, ranks, *more), env=env, stderr=err, stdout=err, text=True, start_new_session=True
+            self.command(out, ranks, *more, **by), env=env, stderr=err, stdout=err, text=True, start_new_session=True
         )
 
-    def run(self, out: Path, *more: str, ranks: int = 2, where: Where | None = None) -> tuple[int, str]:
-        process = self.start(out, *more, ranks=ranks, where=where)
+    def run(self, out: Path, *more: str, ranks: int = 2, where: Where | None = None, **by: bool) -> tuple[int, str]:
+        process = self.start(out, *more, ranks=ranks, where=where, **by)
         code = process.wait(timeout=300)
         return code, (self.folder / "said").read_text()
 
@@ -208,14 +209,17 @@ def ended_well(bench: Bench, out: Path, code: int, said: str, *words: str) -> st
     return ", ".join(left_behind(out))
 
 
-def in_a_rank(fault: str, rank: int | None, *words: str, again: bool = False) -> Callable[[Bench, Path, int], str]:
-    """A fault inside a rank (None: either). again: the run ends as asked, and is started by hand once more."""
+def in_a_rank(
+    fault: str, rank: int | None, *words: str, again: bool = False, torchrun: bool = False
+) -> Callable[[Bench, Path, int], str]:
+    """A fault inside a rank (None: either). again: the run ends as asked, and is started by hand once more. torchrun:
+    which starts it instead of `--nproc`."""
 
     def survived(bench: Bench, out: Path, seed: int) -> str:
         rng = random.Random(f"{fault}/{seed}")
         chosen = rng.randrange(2) if rank is None else rank
         where = Where(fault=fault, rank=chosen, step=rng.randrange(2, STEPS - 2), marker=f"{out}.struck")
-        code, said = bench.run(out, where=where)
+        code, said = bench.run(out, where=where, torchrun=torchrun)
         if not Path(where.marker).exists():
             return "it never struck"
         told = [word.replace("RANK", str(chosen)).replace("OTHER", str(1 - chosen)) for word in words]
@@ -317,6 +321,7 @@ def other_ranks(bench: Bench, out: Path, seed: int) -> str:
 GONE = "rank RANK was ended by SIGKILL; starting again"
 FAULTS: dict[str, tuple[str, Callable[[Bench, Path, int], str]]] = {
     "F1": ("rank 1 killed in a step", in_a_rank("F1", 1, GONE)),
+    "F1t": ("rank 1 killed under torchrun", in_a_rank("F1", 1, "resuming from step-", torchrun=True)),
     "F2": ("rank 0 killed in a step", in_a_rank("F2", 0, GONE)),
     "F3": ("killed while a shard is written", in_a_rank("F3", None, GONE)),
     "F4": ("killed between shards and manifest", in_a_rank("F4", 0, GONE)),

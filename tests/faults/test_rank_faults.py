@@ -11,6 +11,6 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", ["F1", "F2", "F13"])
+@pytest.mark.parametrize("fault", ["F1", "F1t", "F2", "F13"])
 def test_it_goes_on_and_ends_in_the_same_bits(fault, bench):
     assert FAULTS[fault][1](bench, bench.folder / fault, 0) == ""
