@@ -258,3 +258,11 @@ def test_the_same_report_is_the_same_page(tmp_path):
 def test_import_brings_neither_torch_nor_matplotlib():
     code = "import sys, ronna.report; sys.exit(len({'torch', 'matplotlib', 'sklearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("mfu", "said"), [(0.425, "38 tokens/s at 42.5% of its matrix rate"), (None, "38 tokens/s;")])
+def test_what_each_of_several_devices_did(mfu, said):
+    train = fields()["train"]
+    several = build_report(**fields(train=train | {"devices": 2, "mfu": mfu}))
+    assert f"each of 2 devices {said}" in several.verdict
+    assert "devices" not in build_report(**fields(train=train | {"mfu": mfu})).verdict

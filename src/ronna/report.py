@@ -217,6 +217,11 @@ def verdict_line(report: Report) -> str:
     parts = [f"{split} {name} {metric_text(metric)}" for name, metric in list(metrics.items())[:1]]
     if train := report.train:
         parts.append(f"{train.steps:,} steps and {train.tokens:,} tokens in {duration(train.seconds)}")
+        if train.devices > 1:
+            rate = f" at {train.mfu:.1%} of its matrix rate" if train.mfu is not None else ""
+            parts.append(
+                f"each of {train.devices} devices {train.tokens_per_second / train.devices:,.0f} tokens/s{rate}"
+            )
     if report.memory.peak_bytes is not None:
         parts.append(f"peak memory {binary_bytes(report.memory.peak_bytes)}")
     return "; ".join(parts) or "nothing was measured"
