@@ -198,6 +198,21 @@ def test_data_inspect_does_not_take_every_text_for_one_to_write(case, tmp_path, 
     assert report.get("task", "classify") == task and "seq2seq" not in (command or "")
 
 
+def test_data_inspect_of_rows_without_use_suggests_nothing(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text('{"text": "", "label": "a"}\n' * 3, encoding="utf-8")
+    assert main(["data", "inspect", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["command"] is None and report["train"]["rows"]["reasons"]["empty text"]["count"] == 3
+
+
+def test_data_inspect_counts_scores_that_are_none(tmp_path, capsys):
+    rows = [{"text": f"row {i}", "label": label} for i, label in enumerate([0.5, 2, "good"])]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["data", "inspect", str(tmp_path), "--json"]) == 0
+    labels = json.loads(capsys.readouterr().out)["train"]["labels"]
+    assert labels == {"least": 0.5, "most": 2, "mean": 1.25, "not a number": 1}
+
+
 def test_data_inspect_finds_bad_rows_and_runs_in_common(tmp_path, capsys):
     run = " ".join(f"word{i}" for i in range(20))
     for split, text in (("train", run), ("test", f"other words before {run[:100]}")):

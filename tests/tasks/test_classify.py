@@ -41,6 +41,9 @@ def task(folder: Path, problem: str = "single", labels: tuple[str, ...] = ("bad"
         ([1.5, 0.0], "regression", ["score"]),
         ([["a", "b"], []], "multi", ["a", "b"]),
         (["1", "0"], "single", ["0", "1"]),
+        (["2", "10", "-1"], "single", ["-1", "2", "10"]),
+        (["--1", "²"], "single", ["--1", "²"]),
+        ([["b"], "a"], "multi", ["a", "b"]),
     ],
 )
 def test_problem_and_label_names(labels, problem, names):
@@ -48,7 +51,7 @@ def test_problem_and_label_names(labels, problem, names):
     assert collect_labels(labels, detect_problem(labels)) == names
 
 
-@pytest.mark.parametrize("label", [None, "", float("nan"), float("inf"), {"a": 1}, ["a", None]])
+@pytest.mark.parametrize("label", [None, "", float("nan"), float("inf"), {"a": 1}, ["a", None], [["a"]]])
 def test_unusable_labels_are_bad_rows(label):
     with pytest.raises(BadRow):
         usable_label(label, "label")
@@ -76,6 +79,30 @@ def test_one_id_with_two_labels_is_a_bad_row():
 def test_unknown_labels_are_refused_by_name(tiny_bert):
     with pytest.raises(RonnaError, match="label 'ugly' is not among the 2 labels"):
         task(tiny_bert).check_labels([Row("a", None, "ugly")], "test.csv")
+
+
+@pytest.mark.parametrize("score", ["good", "nan", 10**400, 1e308, [0.5], True])
+def test_scores_that_are_no_numbers_are_refused(tiny_bert, score):
+    scored = task(tiny_bert, "regression", ("score",))
+    scored.check_labels([Row("a", None, "0.5"), Row("a", None, 2)], "file")
+    assert [float(scored.target(label)) for label in ("0.5", 2)] == [0.5, 2]
+    with pytest.raises(RonnaError, match=r"file: score .* is not a number"):
+        scored.check_labels([Row("a", None, 0.5), Row("a", None, score)], "file")
+
+
+def test_a_label_alone_is_one_of_several_and_several_are_none_alone(tiny_bert):
+    several = task(tiny_bert, "multi", ("bad", "good", "7"))
+    several.check_labels([Row("a", None, "good"), Row("a", None, 7)], "file")
+    assert [several.target(label).tolist() for label in ("good", 7, ["bad", "7"], [])] == [
+        [0, 1, 0], [0, 0, 1], [1, 0, 1], [0, 0, 0],
+    ]  # fmt: skip
+    with pytest.raises(RonnaError, match="where one label is asked for"):
+        task(tiny_bert).check_labels([Row("a", None, ["good", "bad"])], "file")
+    with pytest.raises(RonnaError, match="where one label is asked for"):
+        config = ClassifyConfig(problem="single", class_weights="balanced")
+        Classify.learn(config, [Row("a", None, ["good"])], load_tokenizer(tiny_bert), 16)
+    with pytest.raises(RonnaError, match="no training row has a label"):
+        Classify.learn(ClassifyConfig(), [Row("a", None, [])], load_tokenizer(tiny_bert), 16)
 
 
 @pytest.mark.parametrize("lengths", [(30, 4), (4, 30), (20, 20), (5, None), (40, None)])

@@ -25,7 +25,7 @@ from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate, encoded
 from ronna.tasks.base import Task
 from ronna.tasks.encoding import encode_inputs
-from ronna.tasks.labels import check_known, label_name, usable_label
+from ronna.tasks.labels import INTEGER, check_known, label_name, names_of, number, usable_label
 from ronna.tasks.losses import balanced_weights, binary_cross_entropy, cross_entropy
 from ronna.tasks.metrics import Scores, classification_scores, multilabel_scores, regression_scores
 from ronna.tasks.schema import Columns, find_columns, usable_text
@@ -88,8 +88,8 @@ def collect_labels(labels: Sequence[Any], problem: Problem) -> list[str]:
     """Label names in a stable order: by number where all are numbers, else by name."""
     if problem == "regression":
         return ["score"]
-    names = {label_name(x) for label in labels for x in (label if isinstance(label, list) else [label])}
-    numeric = all(n.lstrip("-").isdigit() for n in names)
+    names = {name for label in labels for name in names_of(label)}
+    numeric = all(INTEGER.fullmatch(n) for n in names)
     return sorted(names, key=int) if numeric else sorted(names)
 
 
@@ -122,10 +122,13 @@ class Classify(Task):
         seen = [row.label for row in rows]
         problem = detect_problem(seen) if config.problem == "auto" else config.problem
         task = cls(config, tokenizer, problem, collect_labels(seen, problem), length)
+        if not task.labels:
+            raise RonnaError("no training row has a label", where="data.train", fix="an empty list is no label at all")
         if problem == "regression" and (config.class_weights != "none" or config.focal):
             raise RonnaError("a regression has no classes to weigh", where="task.class_weights, task.focal")
         if config.class_weights == "none":
             return task
+        task.check_labels(rows, "data.train")
         return replace(task, weights=balanced_weights([task.target(label) for label in seen], len(task.labels)))
 
     @classmethod
@@ -174,24 +177,25 @@ class Classify(Task):
         return [Row(text, pair, None) for text, pair in zip(texts, seconds, strict=True)]
 
     def check_labels(self, rows: Sequence[Row], where: str) -> None:
-        """Raises RonnaError for a label that the training data does not have."""
-        if self.problem == "regression":
-            return
-        given = (x for row in rows for x in (row.label if isinstance(row.label, list) else [row.label]))
-        check_known(map(label_name, given), self.labels, where)
+        """Raises RonnaError for a label that the training data does not have, or of another kind of problem."""
+        for row in rows:
+            if self.problem == "regression" and number(row.label) is None:
+                raise RonnaError(f"score {row.label!r} is not a number", where=where, fix="or set task.problem=single")
+            if self.problem == "single" and isinstance(row.label, list):
+                fix = "labels by the list are learnt with task.problem=multi"
+                raise RonnaError(f"{row.label!r} where one label is asked for", where=where, fix=fix)
+        if self.problem != "regression":
+            check_known((name for row in rows for name in names_of(row.label)), self.labels, where)
 
     def target(self, label: Any) -> Any:
         if label is None:
             return None
         match self.problem:
             case "regression":
-                try:
-                    return np.float32(label)
-                except (TypeError, ValueError):
-                    raise RonnaError(f"score {label!r} is not a number", fix="or set task.problem=single") from None
+                return np.float32(number(label))
             case "single":
                 return self.labels.index(label_name(label))
-        given = {label_name(x) for x in label}
+        given = names_of(label)
         return np.array([name in given for name in self.labels], dtype=np.float32)
 
     def encode(

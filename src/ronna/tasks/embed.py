@@ -27,6 +27,7 @@ from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, Sample, collate
 from ronna.tasks.base import Task
 from ronna.tasks.encoding import encode_inputs
+from ronna.tasks.labels import number
 from ronna.tasks.metrics import Scores, mean_scores, regression_scores
 from ronna.tasks.schema import Columns, Usual, find_columns, usable_text
 from ronna.tasks.truncation import CUT, keep_rows
@@ -89,14 +90,6 @@ def read_group(record: Record, columns: Columns) -> Group:
     if name in FOLLOWS:
         return Group(anchor, other, wrong, None)
     return Group(anchor, None, other if name in CONTRADICTS else None, None)
-
-
-def number(value: Any) -> float | None:
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if np.isfinite(found) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)

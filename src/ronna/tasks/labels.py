@@ -9,11 +9,15 @@ from ronna.base.errors import RonnaError
 from ronna.data.badrows import BadRow
 
 DIRECTION = re.compile(r"\((e1,e2|e2,e1)\)$")
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+LARGEST = 3.4e38  # of single precision
 NO_RELATION = {"other", "no_relation", "norelation", "na", "none", "unknown", "无", "无关系", "未知"}
 
 
 def usable_label(label: Any, column: str) -> Any:
     if isinstance(label, list):
+        if any(isinstance(x, list) for x in label):
+            raise BadRow("label is not a number or a name", f"{column} has a list within a list")
         return [usable_label(x, column) for x in label]
     if label is None or label == "":
         raise BadRow("no label", f"{column} is empty")
@@ -24,11 +28,25 @@ def usable_label(label: Any, column: str) -> Any:
     return label
 
 
+def number(value: Any) -> float | None:
+    """A number that single precision can hold, also written as text; None for anything else."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if abs(found) <= LARGEST and not isinstance(value, bool) else None
+
+
 def label_name(label: Any) -> str:
     """1, 1.0 and "1" are the same label: a CSV with a blank somewhere must not rename its classes."""
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return str(label)
+
+
+def names_of(label: Any) -> list[str]:
+    """A label alone is as good as a list of one."""
+    return [label_name(x) for x in (label if isinstance(label, list) else [label])]
 
 
 def check_known(labels: Iterable[str], known: Sequence[str], where: str) -> None:

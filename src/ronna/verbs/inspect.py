@@ -17,7 +17,7 @@ from ronna.runfile import InspectRun
 from ronna.tasks.base import Row, Task, unfolded
 from ronna.tasks.classify import detect_problem
 from ronna.tasks.conversation import ANSWERED, ASKED, LISTS
-from ronna.tasks.labels import label_name
+from ronna.tasks.labels import label_name, names_of, number
 from ronna.tasks.preference import PAIRS
 from ronna.tasks.relation import MARKED, SPANS
 from ronna.tasks.schema import Columns, overlap
@@ -194,10 +194,11 @@ def label_counts(task: str, labels: list[Any]) -> dict[str, Any]:
             return {"problem": "relation", "labels": ordered(map(label_name, labels))}
     problem = detect_problem(labels)
     if problem == "regression":
-        spread = {"least": min(labels), "most": max(labels), "mean": float(np.mean(labels))}
-        return {"problem": problem, "labels": spread}
-    flat = (label_name(x) for label in labels for x in (label if isinstance(label, list) else [label]))
-    return {"problem": problem, "labels": ordered(flat)}
+        scores = [score for label in labels if (score := number(label)) is not None]
+        spread = {"least": min(scores), "most": max(scores), "mean": float(np.mean(scores))}
+        wrong = len(labels) - len(scores)
+        return {"problem": problem, "labels": spread | ({"not a number": wrong} if wrong else {})}
+    return {"problem": problem, "labels": ordered(name for label in labels for name in names_of(label))}
 
 
 def ordered(names: Iterable[str]) -> dict[str, int]:
@@ -248,7 +249,7 @@ def grams(text: str) -> Iterator[int]:
 def suggestion(run: InspectRun, report: Mapping[str, Any], overlaps: bool) -> str | None:
     """The command line that would train on this."""
     columns, where = report["columns"], " ".join(run.input[:1])
-    if columns is None:
+    if columns is None or not report["characters"]:  # nothing to train on
         return None
     if not columns["label"]:
         return f"ronna prepare --input {where} --tokenizer TOKENIZER --text {columns['text']} --out shards"
