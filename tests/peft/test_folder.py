@@ -137,6 +137,15 @@ def test_our_own_layout_comes_back(base, config, tmp_path):
     assert read_config(tmp_path)[1].classifier == loaded.model.cfg.classifier
 
 
+DAMAGED = [
+    ({"lora_alpha": "high"}, "lora_alpha"),
+    ({"lora_dropout": 2}, "lora_dropout"),
+    ({"alpha_pattern": ["query"]}, "alpha_pattern"),
+    ({"alpha_pattern": {"(": 4}}, "no regular expression"),
+    ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": True}, "num_virtual_tokens"),
+]
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     cls, config, sizes = BASES["bert"]
     small, large = tmp_path / "small", tmp_path / "large"
@@ -155,7 +164,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(RonnaError, match=r"no place in the model for .*layer\.7"):
         attach_adapter(shallow.model, shallow.family, cut)
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    for change, message in (({"peft_type": "IA3"}, "'IA3' are not supported"), ({"peft_type": None}, "not supported")):
+    for change, message in (
+        ({"peft_type": "IA3"}, "'IA3' are not supported"),
+        ({"peft_type": None}, "not supported"),
+        *DAMAGED,
+    ):
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings | change))
         with pytest.raises(RonnaError, match=message):
             read_adapter(tmp_path / "a")

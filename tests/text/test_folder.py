@@ -160,6 +160,9 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_passed_on(trained, tmp_path)
         ({"tokenizer.json": "[" * 100_000}, "not a JSON text file"),
         ({"tokenizer.json": '{"model": {"type": "Nonsense"}}'}, "refuses this tokenizer"),
         ({"tokenizer_config.json": "[]", "vocab.txt": "a"}, "expected a JSON object"),
+        ({"tokenizer_config.json": '{"model_max_length": "long"}', "vocab.txt": "a"}, "model_max_length"),
+        ({"tokenizer_config.json": '{"cls_token": ["[CLS]"]}', "vocab.txt": "a"}, "cls_token"),
+        ({"tokenizer_config.json": '{"additional_special_tokens": 7}', "vocab.txt": "a"}, "additional_special_tokens"),
         ({"vocab.txt": "a\nb\n"}, r"lacks \[UNK\], \[CLS\], \[SEP\]"),
         ({"tokenizer.model": "x", "config.json": '{"model_type": "llama"}'}, r"tokenizer.model \(llama\)"),
         ({"spiece.model": "x", "config.json": '{"model_type": "t5"}'}, "not a sentencepiece Unigram model"),
@@ -173,6 +176,36 @@ def test_errors_say_what_and_where(tmp_path, files, message):
     with pytest.raises(RonnaError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in caught.value.where and caught.value.fix
+
+
+def test_a_template_of_tokens_that_are_not_there_is_refused(trained, tmp_path):
+    trained["wordpiece"].save(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(RonnaError, match="refuses this tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_without_its_unknown_token_is_told(trained, tmp_path):
+    trained["wordpiece"].save(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["model"]["unk_token"] = "<gone>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = load_tokenizer(tmp_path)
+    for cut in (tokenizer.encode_batch, tokenizer.encode_with_offsets):
+        with pytest.raises(RonnaError, match="cannot cut a text"):
+            cut(["\u4e00\u263a"])
+
+
+def test_added_tokens_may_be_written_as_objects(trained, tmp_path):
+    trained["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    named = {"additional_special_tokens": [{"content": "<one>", "lstrip": False}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    more = load_tokenizer(tmp_path).with_special(["<two>"])
+    assert more.parts.config["additional_special_tokens"] == ["<one>", "<two>"]
+    assert more.token_to_id("<two>") == more.token_to_id("<one>") + 1
 
 
 def test_paths_that_are_no_tokenizer(tmp_path):

@@ -1,19 +1,23 @@
 """What every adapter's folder has: its settings and tensors, and weights of the base that were trained with it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ronna.base.config import build
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
 from ronna.model.families import OWN, Family, locate, read_config
+from ronna.model.families.base import Count
 from ronna.model.transformer import Transformer
 from ronna.peft.own import copy_own
 
@@ -21,6 +25,28 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING", "RONNA")
 AGAIN = "copy or download the folder again"
 FITS = "give the base that the adapter was trained on"
+
+
+class Settings(BaseModel):
+    """Types of what is read of an adapter's settings; `peft` writes many more."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    lora_alpha: FiniteFloat = 8
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    num_virtual_tokens: Count | None = None
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _regexes(cls, patterns: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
 
 
 @dataclass(frozen=True)
@@ -52,9 +78,10 @@ def read_adapter(folder: Path) -> AdapterFolder:
         base, kind = settings["base_model_name_or_path"], settings["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RonnaError(f"not the settings of an adapter: {error}", where=f"{folder}/{CONFIG}", fix=AGAIN) from None
-    if kind not in KINDS or not isinstance(base, str):
+    if not isinstance(kind, str) or kind not in KINDS or not isinstance(base, str):
         fix = "use a LoRA, a prompt, or a folder that `ronna finetune` wrote"
         raise RonnaError(f"adapters of type {kind!r} are not supported", where=f"{folder}/{CONFIG}", fix=fix)
+    build(Settings, settings, where=f"{folder}/{CONFIG}")
     try:
         return AdapterFolder(folder, settings, load_file(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:

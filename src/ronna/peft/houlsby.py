@@ -20,7 +20,7 @@ PLACES = ("attention.out", "ffn.down")
 
 class HoulsbyConfig(Config):
     kind: Literal["houlsby"] = "houlsby"
-    size: int = Field(64, ge=1)  # of the bottleneck
+    size: int = Field(64, ge=1, le=65_536)  # of the bottleneck
     act: Activation = "gelu"
 
 

@@ -18,7 +18,7 @@ from ronna.peft.changes import Change, attach_change, targeted
 
 class LoraConfig(Config):
     kind: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=65_536)
     alpha: float = Field(16.0, gt=0)
     targets: tuple[str, ...] = Field(("all",), min_length=1)  # names of linear maps: q, v, ffn.up, ...
     dropout: float = Field(0.0, ge=0, lt=1)  # on what the adapter reads

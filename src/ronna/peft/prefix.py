@@ -25,7 +25,7 @@ from ronna.peft.prompt import room
 
 class PrefixConfig(Config):
     kind: Literal["prefix"] = "prefix"
-    tokens: int = Field(20, ge=1)
+    tokens: int = Field(20, ge=1, le=65_536)
     hidden: int | None = Field(
         None, ge=1
     )  # width of a network that makes them while they are trained; None: no network

@@ -22,7 +22,7 @@ from ronna.peft.changes import Changed, attach
 
 class PromptConfig(Config):
     kind: Literal["prompt"] = "prompt"
-    tokens: int = Field(20, ge=1)
+    tokens: int = Field(20, ge=1, le=65_536)
 
 
 class Prompt(nn.Module):

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from ronna.base.config import build
 from ronna.base.errors import RonnaError
 from ronna.text import unigram
+from ronna.text.settings import Settings, content
 
 Side = Literal["source", "target"]
 
@@ -122,8 +124,8 @@ def write_folder(folder: Path, parts: TokenizerParts) -> None:
         config.pop(stale, None)
     if parts.chat_template is not None:
         config["chat_template"] = parts.chat_template
-    for name, content in parts.files.items():
-        (folder / name).write_bytes(content)
+    for name, original in parts.files.items():
+        (folder / name).write_bytes(original)
     if not parts.files:
         (folder / "tokenizer.json").write_text(parts.backend.to_str(pretty=True), encoding="utf-8")
     for name, document in (("tokenizer_config.json", config), ("special_tokens_map.json", roles)):
@@ -140,8 +142,13 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
             fix="give the file that is called tokenizer.json in a Hugging Face folder",
         )
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # the library raises bare Exception
+        backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+        for texts in ([""], [("", "")]):
+            backend.encode_batch(texts)  # templates may name tokens that are not there
+        return backend
+    except BaseException as error:  # the library raises bare Exception, and panics that are not even that
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise RonnaError(
             f"the tokenizers library refuses this tokenizer: {error}", where=str(path), fix=CONVERT
         ) from None
@@ -177,7 +184,7 @@ def _from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizer
 def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     lines = path.read_text(encoding="utf-8").split("\n")
     vocab = {token.rstrip("\r"): i for i, token in enumerate(lines) if token or i < len(lines) - 1}
-    unk, cls, sep = (_content(config.get(f"{role}_token")) or BERT[role] for role in ("unk", "cls", "sep"))
+    unk, cls, sep = (content(config.get(f"{role}_token")) or BERT[role] for role in ("unk", "cls", "sep"))
     missing = [token for token in (unk, cls, sep) if token not in vocab]
     if missing:
         raise RonnaError(
@@ -187,9 +194,9 @@ def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
         )
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unk))
     backend.normalizer = normalizers.BertNormalizer(
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
         strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
+        lowercase=config.get("do_lower_case") is not False,
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
@@ -260,24 +267,27 @@ def _marian(folder: Path, config: Mapping[str, Any], side: Side) -> TokenizerPar
 
 def _described(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; where it names no class, the model_type of config.json."""
-    config: dict[str, Any] = {}
-    for name, keys in (("config.json", ("model_type",)), ("tokenizer_config.json", None)):
-        if (folder / name).is_file():
-            document = read_json(folder / name)
-            if not isinstance(document, dict):
-                raise RonnaError("expected a JSON object", where=str(folder / name), fix="copy the file again")
-            config.update(document if keys is None else {k: document[k] for k in keys if k in document})
-    return config
+    model = _object(folder / "config.json")
+    named = {"model_type": model["model_type"]} if "model_type" in model else {}
+    return named | _settings(folder / "tokenizer_config.json")
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _object(path: Path) -> dict[str, Any]:
+    document = read_json(path) if path.is_file() else {}
+    if not isinstance(document, dict):
+        raise RonnaError("expected a JSON object", where=str(path), fix="copy the file again")
+    return document
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    document = _object(path)
+    build(Settings, document, where=str(path))
+    return document
 
 
 def _roles(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    path = folder / "special_tokens_map.json"
-    fallback = read_json(path) if path.is_file() else {}
-    named = ((role, _content(config.get(f"{role}_token", fallback.get(f"{role}_token")))) for role in ROLES)
+    fallback = _settings(folder / "special_tokens_map.json")
+    named = ((role, content(config.get(f"{role}_token", fallback.get(f"{role}_token")))) for role in ROLES)
     return {role: token for role, token in named if token}
 
 
@@ -294,10 +304,11 @@ def _add_described_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, An
     described = config.get("added_tokens_decoder") or {}
     for _, token in sorted(described.items(), key=lambda item: int(item[0])):
         if token["content"] not in have:
-            chosen = {flag: token[flag] for flag in flags if flag in token}
-            backend.add_tokens([AddedToken(token["content"], special=token.get("special", True), **chosen)])
+            chosen = {flag: token[flag] for flag in flags if token.get(flag) is not None}
+            special = token.get("special") is not False
+            backend.add_tokens([AddedToken(token["content"], special=special, **chosen)])
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    names = [_content(t) for t in (extra.values() if isinstance(extra, dict) else extra)]
+    names = [content(t) for t in (extra.values() if isinstance(extra, dict) else extra)]
     backend.add_special_tokens([name for name in names if name and name not in have])
 
 
@@ -320,7 +331,7 @@ def _apply_bos_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], rol
 def _max_length(config: Mapping[str, Any]) -> int | None:
     length = config.get("model_max_length")
     # transformers writes 1e30 for "no limit".
-    return int(length) if length is not None and length < 1e9 else None
+    return int(length) if length is not None and 0 < length < 1e9 else None
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ from ronna.base.errors import RonnaError
 from ronna.text import training, unigram, vocabulary
 from ronna.text.engine import EncodeBatch, try_gigatoken
 from ronna.text.folder import Side, TokenizerParts, read_folder, write_folder
+from ronna.text.settings import content
 from ronna.text.training import TokenizerConfig
 
 __all__ = ["Encoded", "EncodedWords", "Tokenizer", "TokenizerConfig", "load_tokenizer", "train_tokenizer"]
@@ -212,8 +213,8 @@ class Tokenizer:
         rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         try:
             encodings = self._backend.encode_batch(rows, add_special_tokens=special)
-        except TypeError:
-            raise self._not_unicode([*texts, *(pairs or ())]) from None
+        except Exception as error:  # the library raises bare Exception
+            raise self._refused([*texts, *(pairs or ())], error) from None
         return [_encoded(encoding, self._ids(encoding)) for encoding in encodings]
 
     def encode_words(self, texts: Sequence[str], words: Sequence[Sequence[tuple[int, int]]]) -> list[EncodedWords]:
@@ -230,8 +231,8 @@ class Tokenizer:
         ]
         try:
             encodings = self._backend.encode_batch(rows, is_pretokenized=True, add_special_tokens=False)
-        except TypeError:
-            raise self._not_unicode(texts) from None
+        except Exception as error:  # the library raises bare Exception
+            raise self._refused(texts, error) from None
         return [EncodedWords(self._ids(e), np.array(e.word_ids, np.int32)) for e in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
@@ -260,7 +261,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.add_special_tokens(list(tokens))
         config = dict(self.parts.config)
-        listed = config.get("additional_special_tokens") or []
+        listed = map(content, config.get("additional_special_tokens") or [])
         config["additional_special_tokens"] = list(dict.fromkeys([*listed, *tokens]))
         return Tokenizer(dataclasses.replace(self.parts, backend=backend, config=config))
 
@@ -291,8 +292,8 @@ class Tokenizer:
             encode = self._backend.encode_batch  # the fast form leaves out the tokens `_ids` looks up
         try:
             return [self._ids(row) for row in encode(list(texts), add_special_tokens=add_special)]
-        except TypeError:
-            raise self._not_unicode(texts) from None
+        except Exception as error:  # the library raises bare Exception
+            raise self._refused(texts, error) from None
 
     def _ids(self, encoding: tokenizers.Encoding) -> np.ndarray:
         ids = np.array(encoding.ids, np.int32)
@@ -304,15 +305,18 @@ class Tokenizer:
                     ids[at] = known
         return ids
 
-    def _not_unicode(self, texts: Sequence[object]) -> Exception:
+    def _refused(self, texts: Sequence[object], error: Exception) -> Exception:
+        """What to raise for texts that the backend does not take: they are no Unicode, or it is at fault itself."""
+        if not isinstance(error, TypeError):
+            return RonnaError(f"the tokenizer cannot cut a text: {error}", fix="copy the tokenizer's files again")
         for n, text in enumerate(texts):
             if not isinstance(text, str):
                 return TypeError(f"text {n} is {type(text).__name__}, not str")
             try:
                 text.encode()
-            except UnicodeEncodeError as error:
+            except UnicodeEncodeError as half:
                 return RonnaError(
-                    f"half of a surrogate pair ({text[error.start]!r}) at character {error.start}",
+                    f"half of a surrogate pair ({text[half.start]!r}) at character {half.start}",
                     where=f"text {n} of the batch",
                     fix="clean the text first (ronna.text.clean removes lone surrogates)",
                 )

@@ -11,7 +11,8 @@ from ronna.base.config import build
 from ronna.base.errors import RonnaError
 from ronna.model.config import Activation, Classifier, LinearScaling, Llama3Scaling, Model, Rotary, Stack, Unit
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, lt=2**28)]  # a damaged number should not ask for more than any machine has
+Depth = Annotated[int, Field(gt=0, le=4096)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -99,7 +100,9 @@ class Rope(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _old_name(cls, tree: dict[str, Any]) -> dict[str, Any]:
+    def _old_name(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree  # which validation will refuse
         return {"rope_type": tree.get("type", "default")} | {k: v for k, v in tree.items() if v is not None}
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from ronna.model import config as c
 from ronna.model.families.base import (
     ACTIVATIONS,
     Count,
+    Depth,
     Family,
     HubActivation,
     Positive,
@@ -30,7 +31,7 @@ from ronna.model.families.base import (
 class BertSettings(Settings):
     vocab_size: Count = 30522
     hidden_size: Count = 768
-    num_hidden_layers: Count = 12
+    num_hidden_layers: Depth = 12
     num_attention_heads: Count = 12
     intermediate_size: Count = 3072
     hidden_act: HubActivation = "gelu"

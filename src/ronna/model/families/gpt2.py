@@ -9,6 +9,7 @@ from ronna.model import config as c
 from ronna.model.families.base import (
     ACTIVATIONS,
     Count,
+    Depth,
     Family,
     HubActivation,
     Positive,
@@ -32,7 +33,7 @@ class Gpt2Settings(Settings):
     vocab_size: Count = 50257
     n_positions: Count = 1024
     n_embd: Count = 768
-    n_layer: Count = 12
+    n_layer: Depth = 12
     n_head: Count = 12
     n_inner: Count | None = None
     activation_function: HubActivation = "gelu_new"

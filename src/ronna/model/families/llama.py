@@ -10,6 +10,7 @@ from ronna.model import config as c
 from ronna.model.families.base import (
     ACTIVATIONS,
     Count,
+    Depth,
     Family,
     HubActivation,
     Positive,
@@ -36,7 +37,7 @@ class LlamaSettings(Settings):
     vocab_size: Count = 32000
     hidden_size: Count = 4096
     intermediate_size: Count = 11008
-    num_hidden_layers: Count = 32
+    num_hidden_layers: Depth = 32
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None

@@ -9,6 +9,7 @@ from ronna.model import config as c
 from ronna.model.families.base import (
     ACTIVATIONS,
     Count,
+    Depth,
     Family,
     HubActivation,
     Positive,
@@ -36,7 +37,7 @@ class ModernBertSettings(Settings):
     vocab_size: Count = 50368
     hidden_size: Count = 768
     intermediate_size: Count = 1152
-    num_hidden_layers: Count = 22
+    num_hidden_layers: Depth = 22
     num_attention_heads: Count = 12
     hidden_activation: HubActivation = "gelu"
     max_position_embeddings: Count = 8192

@@ -10,6 +10,7 @@ from ronna.model import config as c
 from ronna.model.families.base import (
     ACTIVATIONS,
     Count,
+    Depth,
     Family,
     Positive,
     Rate,
@@ -26,8 +27,8 @@ class T5Settings(Settings):
     d_model: Count = 512
     d_kv: Count = 64
     d_ff: Count = 2048
-    num_layers: Count = 6
-    num_decoder_layers: Count | None = None
+    num_layers: Depth = 6
+    num_decoder_layers: Depth | None = None
     num_heads: Count = 8
     n_positions: Count | None = None
     relative_attention_num_buckets: Count = 32

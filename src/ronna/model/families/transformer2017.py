@@ -10,6 +10,7 @@ from ronna.model import config as c
 from ronna.model.families.base import (
     ACTIVATIONS,
     Count,
+    Depth,
     Family,
     HubActivation,
     Rate,
@@ -29,10 +30,10 @@ class MarianSettings(Settings):
     vocab_size: Count = 58101
     decoder_vocab_size: Count | None = None
     max_position_embeddings: Count = 1024
-    encoder_layers: Count = 12
+    encoder_layers: Depth = 12
     encoder_ffn_dim: Count = 4096
     encoder_attention_heads: Count = 16
-    decoder_layers: Count = 12
+    decoder_layers: Depth = 12
     decoder_ffn_dim: Count = 4096
     decoder_attention_heads: Count = 16
     activation_function: HubActivation = "gelu"
