@@ -106,6 +106,20 @@ def test_generate_and_perplexity(tiny_gpt, reviews, capsys):
     assert report["test"]["bits_per_byte"]["value"] > 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("finetune --lenght 3", "no argument --lenght; did you mean --length?"),
+        ("pretrain --optim=muon", "--set optim.kind=muon"),
+        ("plan --model gpt2 --what", "no argument --what\n  fix: `ronna plan --help`"),
+        ("predict a b c", "no argument b"),
+    ],
+)
+def test_unknown_arguments_are_told_with_what_was_meant(arguments, says, capsys):
+    assert main(arguments.split()) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_data_inspect_says_what_is_there(reviews, tiny_bert, capsys):
     assert main(["data", "inspect", str(reviews), "--tokenizer", str(tiny_bert), "--json"]) == 0
     out = capsys.readouterr()

@@ -1,6 +1,7 @@
 """The command line: flags become keys of the verb's run file, and the verb runs. Imports nothing heavy for --help."""
 
 import argparse
+import difflib
 import importlib
 import json
 import os
@@ -227,6 +228,14 @@ def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
     return build(config, tree, where=file or "the command line")
 
 
+def unknown(verb: str, argument: str) -> RonnaError:
+    known = [flag.name.lstrip("-") for flag in VERBS[verb].flags if flag.name.startswith("-")]
+    near = difflib.get_close_matches(argument.lstrip("-"), [*known, "set", "json", "resume", "nproc"], n=1)
+    what = f"no argument {argument}" + (f"; did you mean --{near[0]}?" if near else "")
+    fix = f"`ronna {verb} --help` lists them, and --set KEY=VALUE gives any key of a run file: --set optim.kind=muon"
+    return RonnaError(what, where=verb, fix=fix if VERBS[verb].file else f"`ronna {verb} --help` lists them")
+
+
 def launched(arguments: argparse.Namespace, config: Any, argv: Sequence[str] | None) -> int | None:
     """The exit code of a run of several processes, None where this one is to carry it out."""
     ranks, launcher = (getattr(arguments, name, None) for name in ("nproc", "launcher"))
@@ -243,9 +252,11 @@ def launched(arguments: argparse.Namespace, config: Any, argv: Sequence[str] | N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user can mend it, 1 our fault, 143 stopped as asked."""
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
     verb = VERBS[arguments.verb_name]
     try:
+        if rest:
+            raise unknown(arguments.verb_name, rest[0].partition("=")[0])
         config = settings(verb, arguments)
         if arguments.json and getattr(config, "output", None) == "-":
             raise RonnaError("--json and the predictions both want standard output", fix="give --output FILE")
