@@ -53,6 +53,14 @@ def test_rows_of_every_layout():
     assert row(premise="a", hypothesis="b", label_name="neutral") == Group("a", None, None, None)
 
 
+def test_a_text_without_its_other_stands_alone(tiny_bert):
+    record = Record({"anchor": "a", "negative": "c"}, Path("f"), 1)
+    columns = Embed.columns(record, text=None, pair=None, label=None, labelled=False)
+    alone = Embed.row(record, columns)
+    assert alone == Group("a", None, None, None)
+    assert [len(e.texts) for e in task(tiny_bert).encode([alone])] == [1]
+
+
 BAD = {
     "text is not a string": {"anchor": 3, "positive": "b"},
     "empty text": {"anchor": "a", "positive": " "},

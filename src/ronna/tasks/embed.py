@@ -77,8 +77,10 @@ def read_group(record: Record, columns: Columns) -> Group:
     """Raises BadRow for a record without usable texts, or with a label that is neither a score nor of inference."""
     negative = next((name for name in NEGATIVES if name in record.fields), None)
     anchor = usable_text(record, columns.text)
+    if columns.pair is None:  # a text alone, whatever it was not to be near to
+        return Group(anchor, None, None, None)
     other, wrong = (usable_text(record, column) if column else None for column in (columns.pair, negative))
-    if columns.label is None or columns.pair is None:
+    if columns.label is None:
         return Group(anchor, other, wrong, None)
     label = record.fields.get(columns.label)
     if columns.label in ("score", "similarity"):
