@@ -211,6 +211,16 @@ def test_the_oldest_turns_go_and_answers_are_never_cut(tiny_chat):
         task(tiny_chat, length=short, truncation="refuse").encode([long])
 
 
+def test_a_prompt_that_fills_the_model_gets_no_answer_and_others_get_theirs(tiny_chat):
+    model, own = load_folder(tiny_chat).model, task(tiny_chat, decoding={"max_tokens": 4})
+    rows = own.rows(["was the film good", "the plot was bad " * 400, "and the music"], None)
+    made = own.infer(model, own.encode(rows)).made
+    assert (made[1].text, made[1].finish) == ("", "length")
+    assert made[0] == own.infer(model, own.encode(rows[:1])).made[0] and made[2].tokens
+    with pytest.raises(RonnaError, match="but the model reads 512 at most"):
+        own.write(model, own.prompts(["the plot was bad " * 400]))
+
+
 def test_a_template_without_an_end_is_refused(tiny_gpt, tmp_path):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.raises(RonnaError, match="no special token"):

@@ -229,7 +229,7 @@ class Dialogue(Writing):
     def infer(self, model: Transformer, examples: Sequence[Example]) -> Written:
         """How well answers are predicted where they are known; an answer to each example where they are not."""
         nats, tokens = self.nats(model, examples)
-        made = [] if tokens else self.write(model, [e.prompt for e in examples])
+        made = [] if tokens else self.answers(model, examples)
         return Written(made, nats, tokens)
 
     def measure(self, examples: Sequence[Example], scores: Written) -> Scores:

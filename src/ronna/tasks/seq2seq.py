@@ -204,7 +204,7 @@ class Seq2Seq(Writing):
         """The loss of all, and what a greedy decoding of the first rows is worth."""
         nats, tokens = self.nats(model, examples)
         some = examples[: self.config.sample]
-        made = self.write(model, [e.prompt for e in some], GenerateConfig(beams=1))
+        made = self.answers(model, some, GenerateConfig(beams=1))
         measured = self.measure(some, Written(made, nats, tokens)).metrics
         values = {n: m.value for n, m in measured.items() if m.value is not None} | {"loss": nats / max(1, tokens)}
         return {self.monitor: values[self.monitor], **values}

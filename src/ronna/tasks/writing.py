@@ -173,9 +173,16 @@ class Writing(Task):
             among=self.among,
         )
 
+    def answers(
+        self, model: Transformer, examples: Sequence[Example], config: GenerateConfig | None = None
+    ) -> list[Generation]:
+        """What the model writes for each; nothing where a prompt fills all its positions, or more: one row of many
+        must not end an evaluation."""
+        return self.write(model, [e.prompt[: model.max_length] for e in examples], config)
+
     def infer(self, model: Transformer, examples: Sequence[Example]) -> Written:
         nats, tokens = self.nats(model, examples)
-        return Written(self.write(model, [e.prompt for e in examples]), nats, tokens)
+        return Written(self.answers(model, examples), nats, tokens)
 
     def mean_loss(self, examples: Sequence[Example], scores: Written) -> float:
         return scores.nats / scores.tokens if scores.tokens else nan
