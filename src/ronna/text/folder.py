@@ -101,8 +101,6 @@ def read_folder(path: Path, side: Side = "source") -> TokenizerParts:
         return _marian(folder, config, side)
     else:
         backend, recipe = _from_vocabulary(folder, config)
-    backend.no_truncation()
-    backend.no_padding()
     _add_described_tokens(backend, config)
     named = _roles(config, folder)
     roles = {**recipe, **named} if recipe else named or _known_roles(backend)
@@ -143,6 +141,8 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
         )
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+        backend.no_truncation()
+        backend.no_padding()
         for texts in ([""], [("", "")]):
             backend.encode_batch(texts)  # templates may name tokens that are not there
         return backend
