@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -117,30 +118,41 @@ def attempt(path: Path) -> str:
 
 
 def fuzz(name: str, seconds: float, seed: int, folder: Path) -> Counter[str]:
-    """Outcomes of as many tries as fit; anything but rows and refusals is printed."""
-    sound, path, outcomes = FORMATS[name](), folder / name, Counter[str]()
-    end = time.process_time() + seconds
+    sound, path = FORMATS[name](), folder / name
+
+    def once(rng: random.Random) -> str:
+        path.write_bytes(damaged(sound, rng))
+        return attempt(path)
+
+    return tries(once, name, seconds, seed, expected={"rows", "refused"})
+
+
+def tries(
+    once: Callable[[random.Random], str], name: str, seconds: float, seed: int, expected: set[str]
+) -> Counter[str]:
+    """Outcomes of as many tries as fit; any but the expected ones is printed, and counted as wrong."""
+    outcomes, end = Counter[str](), time.process_time() + seconds
     for i in itertools.count():
         if time.process_time() > end:
             return outcomes
-        path.write_bytes(damaged(sound, random.Random(f"{name}/{seed}/{i}")))
-        outcome = attempt(path)
-        if outcome not in ("rows", "refused"):
+        outcome = once(random.Random(f"{name}/{seed}/{i}"))
+        if outcome not in expected:
             print(f"{name}, seed {seed}, try {i}:\n{outcome}", flush=True)
             outcome = "wrong"
         outcomes[outcome] += 1
     raise AssertionError
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", choices=[*FORMATS, []], metavar="FORMAT", help=", ".join(FORMATS))
+def command(what: str, names: Collection[str], fuzz: Callable[[str, float, int, Path], Counter[str]]) -> int:
+    """Fuzzes those that the command line names, or all; the exit code."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=", ".join(names))
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(argv)
+    a = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name in a.formats or FORMATS:
+        for name in a.names or names:
             outcomes = fuzz(name, a.seconds, a.seed, Path(folder))
             print(f"{name}: {dict(outcomes)}", flush=True)
             wrong += outcomes["wrong"]
@@ -148,4 +160,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(str(__doc__), FORMATS, fuzz))

@@ -1,20 +1,16 @@
 """Broken folders by the thousand: does loading a model, an adapter or a tokenizer ever end in anything but one or a
 RonnaError?
 
-    python tests/fuzz_folders.py [KIND ...] [--seconds 600] [--seed 0]
+    python -m tests.fuzz_folders [KIND ...] [--seconds 600] [--seed 0]
 
 Each try damages some values of a JSON file in a sound folder, as `fuzz_rows` does with records, and loads the folder.
 An uncaught exception is printed with the seed that makes the file again, and the exit code is 1. The seconds are of
 processor time, for each kind.
 """
 
-import argparse
-import itertools
 import json
 import random
 import sys
-import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,10 +29,8 @@ from ronna.peft.folder import attach_adapter, write_adapter
 from ronna.peft.methods import PeftConfig, adapt
 from ronna.text.tokenizer import load_tokenizer
 
-try:
-    from . import fuzz_rows
-except ImportError:  # run as a script
-    import fuzz_rows  # type: ignore[import-not-found, no-redef]
+from .fuzz import command, tries
+from .fuzz_rows import damaged, models
 
 PRESETS = ("bert-tiny", "roberta-base", "gpt2-tiny", "llama-tiny", "t5-tiny", "modernbert-tiny", "transformer-tiny")
 METHODS = (
@@ -81,7 +75,7 @@ def tokenizer_cases(root: Path) -> Iterator[Case]:
         tokenizer.encode("was it good", add_special=True)
         tokenizer.encode_with_offsets(["字 and @"], ["a film"])
 
-    for folder in fuzz_rows.models(root).values():
+    for folder in models(root).values():
         added = {"7": {"content": "<new>", "special": True, "lstrip": False}}
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
@@ -106,41 +100,20 @@ def attempt(load: Callable[[], object]) -> str:
 
 
 def fuzz(kind: str, seconds: float, seed: int, folder: Path) -> Counter[str]:
-    """Outcomes of as many tries as fit; anything but loaded and refused folders is printed."""
-    cases, outcomes = list(KINDS[kind](folder / kind)), Counter[str]()
+    cases = list(KINDS[kind](folder / kind))
     sound = {path: path.read_text(encoding="utf-8") for path, _ in cases}
-    end = time.process_time() + seconds
-    for i in itertools.count():
-        if time.process_time() > end:
-            return outcomes
-        rng = random.Random(f"{kind}/{seed}/{i}")
+
+    def once(rng: random.Random) -> str:
         path, load = rng.choice(cases)
-        [broken] = fuzz_rows.damaged([json.loads(sound[path])], rng)
+        [broken] = damaged([json.loads(sound[path])], rng)
         path.write_text(json.dumps(broken), encoding="utf-8")
         outcome = attempt(load)
         path.write_text(sound[path], encoding="utf-8")
-        if outcome not in ("loaded", "refused"):
-            print(f"{path.parent.name}/{path.name}, seed {seed}, try {i}:\n{outcome}", flush=True)
-            outcome = "wrong"
-        outcomes[outcome] += 1
-    raise AssertionError
+        return outcome
 
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in a.kinds or KINDS:
-            outcomes = fuzz(kind, a.seconds, a.seed, Path(folder))
-            print(f"{kind}: {dict(outcomes)}", flush=True)
-            wrong += outcomes["wrong"]
-    return 1 if wrong else 0
+    return tries(once, kind, seconds, seed, expected={"loaded", "refused"})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    torch.set_num_threads(1)
+    sys.exit(command(str(__doc__), KINDS, fuzz))

@@ -1,6 +1,6 @@
 """Broken records by the thousand: does a task ever end in anything but examples or a RonnaError?
 
-    python tests/fuzz_rows.py [TASK ...] [--seconds 600] [--seed 0]
+    python -m tests.fuzz_rows [TASK ...] [--seconds 600] [--seed 0]
 
 Each try takes sound records in a layout that a task reads, damages some values in them (gone, of another type, of
 another row, out of range, odd characters) and reads the file as `data inspect` and `finetune` do, up to the samples of
@@ -8,15 +8,11 @@ training. An uncaught exception is printed with the seed that makes the records 
 seconds are of processor time, for each task.
 """
 
-import argparse
 import contextlib
 import io
-import itertools
 import json
 import random
 import sys
-import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +30,8 @@ from ronna.model.init import build
 from ronna.runfile import FinetuneRun, InspectRun
 from ronna.text.tokenizer import TokenizerConfig, train_tokenizer
 from ronna.verbs.inspect import inspect
+
+from .fuzz import command, tries
 
 Rows = list[dict[str, Any]]
 TEXT = "Peter Müller flew from Berlin to 北京市 on Monday , and the film was 👩\u200d🚀 good ."
@@ -198,37 +196,15 @@ def attempt(task: str, model: Path, rows: Rows, sound: Rows, folder: Path) -> st
 
 
 def fuzz(task: str, seconds: float, seed: int, folder: Path) -> Counter[str]:
-    """Outcomes of as many tries as fit; anything but examples and refusals is printed."""
-    model, outcomes = models(folder)[MODELS.get(task, "bert")], Counter[str]()
-    end = time.process_time() + seconds
-    for i in itertools.count():
-        if time.process_time() > end:
-            return outcomes
-        rng = random.Random(f"{task}/{seed}/{i}")
+    model = models(folder)[MODELS.get(task, "bert")]
+
+    def once(rng: random.Random) -> str:
         sound = rng.choice(LAYOUTS[task]) * 8
-        outcome = attempt(task, model, damaged(sound, rng), sound, folder)
-        if outcome not in ("examples", "refused"):
-            print(f"{task}, seed {seed}, try {i}:\n{outcome}", flush=True)
-            outcome = "wrong"
-        outcomes[outcome] += 1
-    raise AssertionError
+        return attempt(task, model, damaged(sound, rng), sound, folder)
 
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=[*LAYOUTS, []], metavar="TASK", help=", ".join(LAYOUTS))
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for task in a.tasks or LAYOUTS:
-            outcomes = fuzz(task, a.seconds, a.seed, Path(folder))
-            print(f"{task}: {dict(outcomes)}", flush=True)
-            wrong += outcomes["wrong"]
-    return 1 if wrong else 0
+    return tries(once, task, seconds, seed, expected={"examples", "refused"})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    torch.set_num_threads(1)
+    sys.exit(command(str(__doc__), LAYOUTS, fuzz))
