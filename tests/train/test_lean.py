@@ -15,6 +15,7 @@ from ronna.train.lean import AdamW8bit, Apollo
 from ronna.train.optim import AdamW, build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 SHAPE = (48, 96)
+INSIDE = "decoder.blocks.0.ffn.up.weight"
 
 
 def weight(shape: tuple[int, ...] = SHAPE) -> Parameter:
@@ -27,7 +28,7 @@ def gradient(step: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 def stepped(config, steps: int, p: Parameter | None = None, scale=lambda step: 1.0) -> tuple[Parameter, list]:
     p = weight() if p is None else p
-    optimizers = build_optimizer(config, [("decoder.blocks.0.ffn.up.weight", p)])
+    optimizers = build_optimizer(config, [(INSIDE, p)])
     for step in range(steps):
         p.grad = gradient(step, tuple(p.shape)) * scale(step)
         for optimizer in optimizers:
@@ -121,10 +122,23 @@ def test_apollo_keeps_a_quarter_and_steps_as_far_as_adamw():
     assert 0.8 < ratio < 1.25
 
 
+def test_apollo_is_for_the_matrices_of_blocks():
+    named = [(INSIDE, weight()), ("embedding.tokens.weight", weight()), ("head.logits.weight", weight())]
+    named.append(("decoder.blocks.0.ffn_norm.weight", weight((64,))))
+    ours, rest = build_optimizer(Apollo(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3), named)
+    assert isinstance(ours, lean.ApolloOptimizer) and isinstance(rest, torch.optim.AdamW)
+    taken = [{id(p) for group in o.param_groups for p in group["params"]} for o in (ours, rest)]
+    assert taken == [{id(p) for _, p in part} for part in (named[:1], named[1:])]
+    for group in (*ours.param_groups, *rest.param_groups):
+        assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.8, 0.9), 1e-6)
+    assert [group["weight_decay"] for group in rest.param_groups] == [0.3, 0.0]
+
+
 def test_apollo_treats_a_matrix_lying_as_one_standing():
     lying, standing = weight(), Parameter(weight().T.contiguous())
     for p, turned in ((lying, False), (standing, True)):
-        [optimizer] = build_optimizer(Apollo(lr=1e-2), [("w", p)])
+        [optimizer] = build_optimizer(Apollo(lr=1e-2), [(INSIDE, p)])
+        assert isinstance(optimizer, lean.ApolloOptimizer)
         for step in range(3):
             p.grad = gradient(step).T.contiguous() if turned else gradient(step)
             optimizer.step()
@@ -137,14 +151,16 @@ def test_states_go_and_come_back_to_the_bit(config):
         pytest.importorskip("bitsandbytes")
     whole, _ = stepped(config, 6)
     half, optimizers = stepped(config, 3)
-    saved = {name: t.clone() for name, t in optimizer_tensors(optimizers, [("w", half)]).items()}
-    fresh = build_optimizer(config, [("w", half)])
-    load_optimizer_tensors(fresh, [("w", half)], saved)
+    saved = {name: t.clone() for name, t in optimizer_tensors(optimizers, [(INSIDE, half)]).items()}
+    fresh = build_optimizer(config, [(INSIDE, half)])
+    load_optimizer_tensors(fresh, [(INSIDE, half)], saved)
     for step in range(3, 6):
         half.grad = gradient(step)
         for optimizer in fresh:
             optimizer.step()
     assert torch.equal(half, whole)
     name = next(n for n in saved if n.endswith("first"))
-    with pytest.raises(RonnaError, match=r"w\.first has shape"):
-        load_optimizer_tensors(build_optimizer(config, [("w", half)]), [("w", half)], saved | {name: torch.zeros(3)})
+    with pytest.raises(RonnaError, match=r"weight\.first has shape"):
+        load_optimizer_tensors(
+            build_optimizer(config, [(INSIDE, half)]), [(INSIDE, half)], saved | {name: torch.zeros(3)}
+        )

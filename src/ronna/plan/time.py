@@ -305,7 +305,7 @@ def optimizer(model: c.Model, step: Step) -> Counter[str]:
 
 def kind_of(cfg: Optimizer, w: Weight) -> str:
     """AdamW takes what an optimizer is not made for."""
-    if (cfg.kind == "muon" and not (w.columns and w.inside)) or (cfg.kind == "apollo" and not w.columns):
+    if cfg.kind in ("muon", "apollo") and not (w.columns and w.inside):
         return "adamw"
     return "adamw" if cfg.kind == "adam" else cfg.kind
 

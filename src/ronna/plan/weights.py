@@ -156,7 +156,7 @@ def state(optimizer: Optimizer, w: Weight, width: int) -> int:
             return w.size * width
         case "adamw8bit":
             return 2 * w.size + w.size // 32
-        case "apollo" if w.columns:
+        case "apollo" if w.columns and w.inside:
             return 2 * optimizer.directions(w) * max(w.rows, w.columns) * w.times * width
     return 2 * w.size * width
 
@@ -195,7 +195,7 @@ def scratch(optimizer: Optimizer, learning: list[Weight], width: int) -> int:
         case "muon":
             return max((muon(w, width) for w in learning if w.columns and w.inside), default=0)
         case "apollo":
-            return width * 2 * max(matrices, default=0)
+            return width * 2 * max((w.rows * w.columns for w in learning if w.columns and w.inside), default=0)
     return 0
 
 

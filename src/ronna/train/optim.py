@@ -128,12 +128,10 @@ def _trainable(config: OptimizerConfig, named_parameters: NamedParameters) -> di
 
 def _build(config: OptimizerConfig, trainable: dict[Parameter, str]) -> list[Optimizer]:
     """One for the parameters that the kind is made for, where there are any, and AdamW for the rest."""
-    if isinstance(config, Muon):
+    if isinstance(config, Muon | Apollo):
         own = [p for p, name in trainable.items() if p.ndim == 2 and _inside_block(name)]
     elif isinstance(config, AdamW8bit):
         own = [p for p in trainable if p.numel() >= SMALL]
-    elif isinstance(config, Apollo):
-        own = [p for p in trainable if p.ndim == 2]
     else:
         own = list(trainable)
     taken = set(own)
