@@ -6,7 +6,7 @@
 
 The Trainer runs at its best (`peers/trainer.py`); where the peft library lacks a method, ours runs alone. Each side
 has its own process; the rate counts training alone, the peak of memory is the process's. Prints one JSON line a side
-and round, then the ratio. Needs transformers, datasets, accelerate and, for adapters, peft (the extra `bench`).
+and round, then the ratio. Needs transformers, accelerate and, for adapters, peft (the extra `bench`).
 """
 
 import argparse

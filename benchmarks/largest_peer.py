@@ -36,7 +36,6 @@ TRIED = 3  # steps of a try; the first makes the optimizer's states
 
 def train(settings: dict[str, Any], a: argparse.Namespace) -> dict[str, float]:
     import torch
-    from datasets import Dataset
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
@@ -69,7 +68,7 @@ def train(settings: dict[str, Any], a: argparse.Namespace) -> dict[str, float]:
             out, use_cpu=True, max_steps=a.tries, per_device_train_batch_size=micro, report_to=[], save_strategy="no",
             gradient_accumulation_steps=a.batch // micro, disable_tqdm=True, **FLAGS[a.flags],
         )  # fmt: skip
-        rows = Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(len(ids))] if tuning else ids})
+        rows = [{"input_ids": row, "labels": i % 2 if tuning else row} for i, row in enumerate(ids)]
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return {"step_seconds": (ends[-1] - ends[0]) / (len(ends) - 1), "peak": int(peak.split()[1]) * 1024}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -36,8 +35,8 @@ Rows = list[dict[str, Any]]
 class Peer:
     """A task on their side: two data sets, a model, and what its predictions are worth."""
 
-    train: Dataset
-    test: Dataset
+    train: Rows
+    test: Rows
     model: Any
     collate: Any
     metric: str
@@ -45,13 +44,17 @@ class Peer:
     kind: str  # as peft calls the task
 
 
+def samples(columns: dict[str, Any]) -> Rows:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def classify(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     names = sorted({str(r["label"]) for r in train})
 
-    def encode(some: Rows) -> Dataset:
+    def encode(some: Rows) -> Rows:
         inputs = tokenizer([r["text"] for r in some], truncation=True, max_length=a.length)
-        return Dataset.from_dict({**inputs, "labels": [names.index(str(r["label"])) for r in some]})
+        return samples({**inputs, "labels": [names.index(str(r["label"])) for r in some]})
 
     def accuracy(p: Any) -> float:
         return float((p.predictions.argmax(-1) == p.label_ids).mean())
@@ -66,9 +69,9 @@ def relation(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
     peer = classify(a, train, test)
     names = sorted({str(r["label"]) for r in train})
 
-    def encode(some: Rows) -> Dataset:
+    def encode(some: Rows) -> Rows:
         inputs = tokenizer([r["text"] for r in some], truncation=True, max_length=a.length)
-        return Dataset.from_dict({**inputs, "labels": [names.index(str(r["label"])) for r in some]})
+        return samples({**inputs, "labels": [names.index(str(r["label"])) for r in some]})
 
     def macro_f1(p: Any) -> float:
         return float(relation_scores(p.label_ids, p.predictions.argmax(-1), names).metrics["macro_f1"].value or 0.0)
@@ -83,7 +86,7 @@ def tag(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
     labels = sorted({t for r in train for t in r["tags"]})
     index = {label: i for i, label in enumerate(labels)}
 
-    def encode(some: Rows) -> Dataset:
+    def encode(some: Rows) -> Rows:
         tokens = [r["tokens"] for r in some]
         inputs = tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=a.length)
         targets = []
@@ -91,7 +94,7 @@ def tag(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
             words = inputs.word_ids(i)
             first = [w is not None and (j == 0 or words[j - 1] != w) for j, w in enumerate(words)]
             targets.append([index[row["tags"][w]] if f else -100 for w, f in zip(words, first, strict=True)])
-        return Dataset.from_dict({**inputs, "labels": targets})
+        return samples({**inputs, "labels": targets})
 
     def f1(p: Any) -> float:
         gold, found = [], []
@@ -110,7 +113,7 @@ def tag(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
 def span_qa(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
     tokenizer = AutoTokenizer.from_pretrained(a.model)
 
-    def encode(some: Rows) -> tuple[Dataset, Any]:
+    def encode(some: Rows) -> tuple[Rows, Any]:
         inputs = tokenizer(
             [r["question"] for r in some], [r["context"] for r in some], truncation="only_second",
             max_length=a.length, stride=128, return_overflowing_tokens=True, return_offsets_mapping=True,
@@ -129,7 +132,7 @@ def span_qa(a: argparse.Namespace, train: Rows, test: Rows) -> Peer:
             starts.append(start)
             ends.append(end)
         kept = [inputs.sequence_ids(i) for i in range(len(owners))]
-        return Dataset.from_dict({**inputs, "start_positions": starts, "end_positions": ends}), (owners, offsets, kept)
+        return samples({**inputs, "start_positions": starts, "end_positions": ends}), (owners, offsets, kept)
 
     encoded_test, (owners, offsets, sides) = encode(test)
 
