@@ -59,7 +59,8 @@ FREE = {
     "train": {"log_every", "keep", "save_every", "recompute", "memory"},
 }
 
-LITTLE = 2**26  # bytes above its plan that a run may hold before free memory is looked for
+NEAR = 0.95  # of its plan, from where on a run gives back what is free: the next step may hold more than the one before
+READ = 1024  # tokens that an evaluation may always read at once
 
 
 def identity(run: AnyRun) -> str:
@@ -313,12 +314,13 @@ def prepare_run(
     if fit is None:
         fit = fitted(run, data, device, dtype, settled=settled, world=world)
     run = run if fit is None else fit.run
-    if fit is not None and run.train.memory is not None and isinstance(data, Labelled):
+    if fit is not None and (run.train.memory is not None or device.type == "cpu") and isinstance(data, Labelled):
         # No evaluation is to hold more than the steps do.
-        data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, fit.tokens)))
+        tokens = fit.tokens if run.train.memory is not None else max(READ, fit.tokens)
+        data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, tokens)))
     # Blocks that are put together for a moment leave holes in a heap that keeps what is freed: half as much again.
     tight = world.size > 1 or (fit is not None and fit.tight)
-    heap = Heap(tight, None if fit is None else fit.planned + LITTLE) if device.type == "cpu" else None
+    heap = Heap(tight, None if fit is None else int(NEAR * fit.planned)) if device.type == "cpu" else None
     parts = assemble(run, data, world, device, dtype)
     parts.model.compute = dtype
     parts.model.to(device)

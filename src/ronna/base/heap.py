@@ -13,7 +13,8 @@ GROWTH = 2**30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
 LARGE = 2**18  # bytes of a block that is mapped apart where memory goes before time
 MADV_HUGEPAGE = 14  # mman.h
-AGAIN = 1.1  # growth over what there is after free memory was given back, until it is tried again
+SELDOM = 32  # steps at least from one giving back of free memory to the next: what was given back is taken anew
+AGAIN = 1.1  # growth over what steps take, until free memory is given back again
 # oneDNN, and torch above it, keep what they have compiled and laid out for each product by its shape, 1,024 of them if
 # nobody says otherwise, a good 100 KiB each. Batches of texts have another shape each time; a step needs some dozens.
 KERNELS = "64"
@@ -36,7 +37,7 @@ class Heap:
 
     def __init__(self, tight: bool = False, most: int | None = None) -> None:
         """Does nothing where there is no glibc or the kernel has no such pages."""
-        self.most = most
+        self.most, self.given = most, -SELDOM
         self.libc = glibc()
         if self.libc is None:
             return
@@ -56,12 +57,15 @@ class Heap:
         self.libc.free(self.libc.malloc(2**26))  # more than is free at the top now: the heap grows before the run does
         self()
 
-    def __call__(self, _: int = 0) -> None:
+    def __call__(self, step: int = 0) -> None:
         if self.libc is None:
             return
-        if self.most is not None and resident_bytes() > self.most:
-            self.libc.malloc_trim(0)
-            self.most = max(self.most, int(AGAIN * resident_bytes()))  # what did not help once is not tried every step
+        if self.most is not None and (held := resident_bytes()) > self.most:
+            if step - self.given < SELDOM:  # it did not help for long: the steps need so much
+                self.most = int(AGAIN * held)
+            else:
+                self.libc.malloc_trim(0)
+                self.given = step
         if (end := self.libc.sbrk(0)) != self.end:
             self.end = end
             for start, stop in ranges():
