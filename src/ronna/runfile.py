@@ -21,7 +21,7 @@ from ronna.train.loop import TrainConfig
 from ronna.train.optim import AdamW, OptimizerConfig
 from ronna.train.schedule import Linear, Schedule
 
-Columns = Annotated[tuple[str, ...], BeforeValidator(one_or_more), Field(min_length=1)]
+Several = Annotated[tuple[str, ...], BeforeValidator(one_or_more), Field(min_length=1)]
 
 
 class ModelConfig(Config):
@@ -141,7 +141,7 @@ class PrepareRun(Config):
 
     verb: Literal["prepare"] = "prepare"
     out: str
-    input: tuple[str, ...] = Field(min_length=1)  # files, globs, or a folder of splits
+    input: Several  # files, globs, or a folder of splits
     tokenizer: str
     text: str = "text"  # column of the documents
     validation: float = Field(0.01, ge=0, lt=1)  # share of documents held out, where the input has no such split
@@ -154,15 +154,15 @@ class PrepareRun(Config):
 class TokenizerRun(Config):
     verb: Literal["tokenizer train"] = "tokenizer train"
     out: str
-    input: tuple[str, ...] = Field(min_length=1)
-    text: Columns = ("text",)  # columns to read of a record
+    input: Several
+    text: Several = ("text",)  # columns to read of a record
     max_bad_rows: int = Field(0, ge=0)
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
 class InspectRun(Config):
     verb: Literal["data inspect"] = "data inspect"
-    input: tuple[str, ...] = Field(min_length=1)
+    input: Several
     tokenizer: str | None = None  # to count tokens with
     text: str | None = None
     label: str | None = None
@@ -187,7 +187,7 @@ class UseOnRecords(Use):
 
 class EvaluateRun(UseOnRecords):
     verb: Literal["evaluate"] = "evaluate"
-    data: tuple[str, ...] = Field(min_length=1)
+    data: Several
     out: str | None = None  # folder for the report
     label: str | None = None
 
@@ -203,7 +203,7 @@ class PredictRun(UseOnRecords):
 
 class GenerateRun(Use):
     verb: Literal["generate"] = "generate"
-    prompt: tuple[str, ...] = Field(min_length=1)
+    prompt: Several
     decoding: GenerateConfig = GenerateConfig()
 
 
