@@ -26,7 +26,9 @@ Task = Literal["classify", "tag", "relation", "span_qa", "embed", "seq2seq", "di
 Method = Literal["lora", "adalora", "houlsby", "bitfit", "prompt", "prefix"]
 WRITES = ("seq2seq", "dialogue", "dpo")
 UNITS: dict[str, c.Unit] = {"tag": "tokens", "span_qa": "spans", "relation": "pair"}
-RANKS = {"lora": 8, "adalora": 12, "houlsby": 64}  # of what the methods do where a run says nothing
+# Of what the methods do where a run says nothing, and where Houlsby's stand, as in `ronna.peft`.
+RANKS = {"lora": 8, "adalora": 12, "houlsby": 64, "prompt": 20, "prefix": 20}
+PLACES = ("attention.out", "ffn.down")
 BATCH, LENGTH = 32, 512  # the same, of the planner's own
 WRITTEN = 0.5  # tokens to write for each that is read, where there are no data to tell
 
@@ -152,12 +154,13 @@ def asked(
 
 
 def adapter_for(method: Method, size: int | None, targets: tuple[str, ...] = ("all",)) -> Adapter:
-    """The LoRA that takes as much memory. Houlsby's bottlenecks stand where its changes of the same width would; of
-    what trains biases or virtual tokens alone next to nothing is held."""
+    """size: its rank, width or virtual tokens; None: what the method has where a run says nothing."""
     size = RANKS.get(method, 0) if size is None else size
-    if method in ("lora", "adalora"):
+    if method == "lora" or method == "adalora":
         return Adapter(size, targets)
-    return Adapter(size, ("attention.out", "ffn.down")) if method == "houlsby" else Adapter(0, ("none",))
+    if method == "houlsby":
+        return Adapter(size, PLACES, method)
+    return Adapter(size, kind=method)
 
 
 def trained(task: str, family: Family, cfg: c.Model, *, pretraining: bool, nsp: bool = False) -> c.Model:

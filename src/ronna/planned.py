@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import PeftConfig
+from ronna.peft.prefix import PrefixConfig
+from ronna.peft.prompt import PromptConfig
 from ronna.plan.ranks import ALONE, Ranks
 from ronna.plan.search import Plan, Shape, Work
 from ronna.plan.shapes import Adapter, Dtype, Lengths
@@ -106,8 +109,27 @@ def adapter_of(config: PeftConfig) -> Adapter:
         case LoraConfig() | AdaLoraConfig():
             return adapter_for(config.kind, config.rank, config.targets)
         case HoulsbyConfig():
-            return adapter_for(config.kind, config.size)
+            return replace(adapter_for(config.kind, config.size), act=config.act)
+        case PromptConfig():
+            return adapter_for(config.kind, config.tokens)
+        case PrefixConfig():
+            return replace(adapter_for(config.kind, config.tokens), hidden=config.hidden)
     return adapter_for(config.kind, None)
+
+
+def peft_of(asked: Adapter) -> PeftConfig:
+    """The other way round."""
+    tree: Tree = {"kind": asked.kind}
+    match asked.kind:
+        case "lora":
+            tree |= {"rank": asked.rank, "targets": list(asked.targets)}
+        case "houlsby":
+            tree |= {"size": asked.rank, "act": asked.act}
+        case "prompt":
+            tree |= {"tokens": asked.rank}
+        case "prefix":
+            tree |= {"tokens": asked.rank, "hidden": asked.hidden}
+    return TypeAdapter[PeftConfig](PeftConfig).validate_python(tree)
 
 
 # Micro-batches of data that are there

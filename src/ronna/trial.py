@@ -78,7 +78,7 @@ def trial(subject: Subject, step: Step, steps: int = STEPS) -> Taken | None:
 def step_of(tree: Tree) -> Step:
     """Of what `asdict` made of one."""
     lengths, source = Lengths(**tree["lengths"]), None if tree["source"] is None else Lengths(**tree["source"])
-    adapter = tree["adapter"] and Adapter(tree["adapter"]["rank"], tuple(tree["adapter"]["targets"]))
+    adapter = tree["adapter"] and Adapter(**tree["adapter"] | {"targets": tuple(tree["adapter"]["targets"])})
     own = {"optimizer": Optimizer(**tree["optimizer"]), "adapter": adapter or None, "offload": tuple(tree["offload"])}
     return Step(**tree | own | {"lengths": lengths, "source": source})
 
@@ -124,9 +124,8 @@ def run(subject: Subject, step: Step, heap: Callable[[int], Any], steps: int) ->
     from ronna.model.init import build
     from ronna.model.recompute import Recompute, recompute_blocks
     from ronna.objectives.base import collate
-    from ronna.peft.lora import LoraConfig
     from ronna.peft.methods import adapt, freeze_to
-    from ronna.planned import optim_of
+    from ronna.planned import optim_of, peft_of
     from ronna.train.loop import Run, TrainConfig
     from ronna.train.schedule import Constant
     from ronna.train.shelf import Shelf
@@ -137,7 +136,7 @@ def run(subject: Subject, step: Step, heap: Callable[[int], Any], steps: int) ->
     model = build(cfg, 0, torch.bfloat16 if narrow else torch.float32)
     model.compute = torch.bfloat16 if step.compute == "bf16" else torch.float32
     if step.adapter is not None:
-        adapt(model, LoraConfig(rank=step.adapter.rank, targets=step.adapter.targets))
+        adapt(model, peft_of(step.adapter))
         freeze_to(model, model.compute)
     recompute_blocks(model, Recompute(blocks=step.blocks, feeds=step.feeds))
     config = TrainConfig(
@@ -192,6 +191,7 @@ def samples_of(subject: Subject, step: Step, vocab: int, number: int, micro: int
     from ronna.objectives.base import Sample
 
     rng, made = np.random.default_rng([number, micro]), []
+    step = step.led(-step.adapter.rank) if step.adapter and step.adapter.kind == "prompt" else step
     sequences, length = step.lengths.sequences, step.lengths.length
     words = length if step.predicted is None else max(1, step.predicted // sequences)
     for _ in range(sequences):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from ronna.asked import adapter_for
+from ronna.base.errors import RonnaError
 from ronna.model import loss
 from ronna.model.config import Model
 from ronna.model.families import PRESETS, classifier_for, preset, with_dropout
@@ -20,11 +22,11 @@ from ronna.objectives.base import Batch, Sample, collate
 from ronna.objectives.clm import CausalLM
 from ronna.objectives.denoise import Denoise, DenoiseConfig
 from ronna.objectives.mlm import MaskedLM, MLMConfig
-from ronna.peft.lora import LoraConfig
 from ronna.peft.methods import adapt, freeze_to
 from ronna.plan.memory import Step, estimate
 from ronna.plan.shapes import Adapter, Lengths
 from ronna.plan.weights import Optimizer, adapted, states, weights
+from ronna.planned import peft_of
 from ronna.tasks.classify import Classify, ClassifyConfig
 from ronna.train.optim import SGD, Adafactor, Adam, AdamW, Muon, build_optimizer
 from ronna.train.rows import EmbeddingRows
@@ -125,7 +127,7 @@ def built(model: Model, step: Step) -> Transformer:
     made = build(model, 0)
     made.compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[step.compute]
     if step.adapter is not None:
-        adapt(made, LoraConfig(rank=step.adapter.rank, targets=step.adapter.targets))
+        adapt(made, peft_of(step.adapter))
         freeze_to(made, made.compute)
     return made
 
@@ -165,14 +167,34 @@ def test_kept_by_other_kernels(name: str, lengths: list[int], settings: dict[str
     assert planned_bytes(model, step) == kept_bytes(built(model, step), "lm", lengths)
 
 
-@pytest.mark.parametrize("adapter", [None, Adapter(4), Adapter(8, ("q", "v"))])
+ADAPTERS = {
+    "all": None,
+    "lora": Adapter(4),
+    "lora of two maps": Adapter(8, ("q", "v")),
+    "houlsby": adapter_for("houlsby", 16),
+    "bitfit": adapter_for("bitfit", None),
+    "prompt": adapter_for("prompt", 5),
+    "prefix": adapter_for("prefix", 8),
+}
+
+
+REFUSED = {("modernbert-tiny", "bitfit"), ("llama-tiny", "bitfit"), ("modernbert-tiny", "prefix")}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("name", ["bert-tiny", "modernbert-tiny", "gpt2-tiny", "llama-tiny"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_kept_by_a_classifier(name: str, adapter: Adapter | None, compute: Any) -> None:
     model = small(name, "classify", dropout=0.1)
-    step = step_of(model, RAGGED, "classify", compute=compute, adapter=adapter)
+    led = adapter.rank if adapter and adapter.kind == "prompt" else 0
+    step = step_of(model, [n + led for n in RAGGED], "classify", compute=compute, adapter=adapter)
+    if adapter and (name, adapter.kind) in REFUSED:
+        with pytest.raises(RonnaError, match=r"peft\.kind"):
+            built(model, step)
+        return
     made = built(model, step)
-    assert planned_bytes(model, step) == kept_bytes(made, "classify", RAGGED)
+    near = {"houlsby": 1e-3, "bitfit": 2e-3, "prompt": 0.03, "prefix": 0.005}.get(adapter.kind if adapter else "", 0.0)
+    assert planned_bytes(model, step) == pytest.approx(kept_bytes(made, "classify", RAGGED), rel=near, abs=0)
     learning = sum(p.nbytes for p in made.parameters() if p.requires_grad)
     assert learning == 4 * sum(w.size for w in (adapted(model, adapter) if adapter else weights(model)))
 
@@ -244,6 +266,18 @@ def allocated(model: Model, step: Step, lengths: list[int], task: str) -> int:
     events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
                     if e.name() == "[memory]")  # fmt: skip
     return int(np.cumsum([size for _, size in events]).max())
+
+
+@pytest.mark.parametrize("kind", ["lora", "houlsby", "bitfit", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["bert-tiny", "gpt2-tiny"])
+def test_peak_under_an_adapter_is_that_of_torch(name: str, kind: Any) -> None:
+    model, lengths = small(name, "classify", vocab_size=2000), [96] * 8
+    step = step_of(model, lengths, "classify", adapter=adapter_for(kind, None))
+    found = estimate(model, step.led(20) if kind == "prompt" else step).held
+    before = ("weights", "optimizer", "workspace", "holes")
+    assert sum(size for part, size in found.items() if part not in before) == pytest.approx(
+        allocated(model, step, lengths, "classify"), rel={"prompt": 0.04, "prefix": 0.06}.get(kind, 0.03)
+    )
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

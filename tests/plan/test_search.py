@@ -160,3 +160,12 @@ def test_words_say_what_differs() -> None:
     said = " ".join(p.name for p in plans)
     for word in ("8-bit AdamW", "bf16 weights", "fused backward", "blocks", "optimizer on disk", "APOLLO"):
         assert word in said
+
+
+def test_virtual_tokens_stand_before_what_the_first_stack_reads() -> None:
+    step = Step(Lengths(1, 1), adapter=Adapter(5, kind="prompt"))
+    led = Shape(Lengths(2, 30, 50)).of(step)
+    assert (led.lengths.length, led.lengths.total) == (35, 60) and led.led(-5).lengths.total == 50
+    led = Shape(Lengths(2, 30), Lengths(2, 40)).of(step)
+    assert led.lengths.total == 60 and led.source is not None and led.source.total == 90
+    assert Shape(Lengths(2, 30)).of(replace(step, adapter=Adapter(5, kind="prefix"))).lengths.total == 60

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import pytest
 
 from ronna import asked as asking
 from ronna import trial as trials
-from ronna.asked import RANKS, PlanRun
+from ronna.asked import RANKS, PlanRun, adapter_for
 from ronna.base.config import build, read_toml
 from ronna.base.errors import RonnaError
 from ronna.cli import main
+from ronna.peft import houlsby
 from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.houlsby import HoulsbyConfig
 from ronna.peft.lora import LoraConfig
+from ronna.peft.prefix import PrefixConfig
+from ronna.peft.prompt import PromptConfig
 from ronna.plan.hardware import PROCESS, cpu, parse_bytes
 from ronna.plan.memory import estimate
+from ronna.planned import adapter_of, peft_of
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.text.tokenizer import load_tokenizer
 from ronna.trial import Taken
@@ -263,7 +268,18 @@ def test_a_run_file_says_the_rest_itself(tmp_path: Path) -> None:
 
 def test_ranks_are_those_of_the_methods() -> None:
     own = {"lora": LoraConfig().rank, "adalora": AdaLoraConfig().rank, "houlsby": HoulsbyConfig().size}
-    assert own == RANKS
+    assert own | {"prompt": PromptConfig().tokens, "prefix": PrefixConfig().tokens} == RANKS
+    assert adapter_for("houlsby", None).targets == houlsby.PLACES
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "bitfit", "prompt", "prefix"])
+def test_a_method_is_planned_as_what_it_is(method: Any) -> None:
+    asked = adapter_for(method, None)
+    assert adapter_of(peft_of(asked)) == asked
+    other = replace(asked, rank=3, act="relu", hidden=7) if method != "bitfit" else asked
+    kept = {"lora": {"rank": 3}, "houlsby": {"rank": 3, "act": "relu"}, "bitfit": {}, "prompt": {"rank": 3},
+            "prefix": {"rank": 3, "hidden": 7}}[method]  # fmt: skip
+    assert adapter_of(peft_of(other)) == replace(asked, **kept)
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

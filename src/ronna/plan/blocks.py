@@ -5,7 +5,7 @@ positions read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ronna.model import config as c
 from ronna.plan.layers import dropout, feed_forward, linear, merged, norm
@@ -19,7 +19,7 @@ WRITTEN_OUT = 512  # columns up to which a CPU computes attention as its formula
 @dataclass(frozen=True)
 class Scene:
     """What a stack's blocks have in common. context: ranks that share the tokens of a text, and have as many rows each.
-    share: ranks that divide those of one of them between the parts of blocks."""
+    share: ranks that divide those of one of them between the parts of blocks. ahead: keys of a prefix."""
 
     dim: int
     lengths: Lengths
@@ -29,6 +29,7 @@ class Scene:
     numbers: Numbers
     share: int = 1
     context: int = 1
+    ahead: int = 0
 
     @property
     def rows(self) -> int:
@@ -76,11 +77,11 @@ def attention(t: Tape, x: Value, cfg: c.Attention, scene: Scene, reads: int | No
         q, k = rotate(t, q, tokens, cfg.head_dim, n), rotate(t, k, tokens, cfg.head_dim, n)
     names = [x, q, k, v]
     view = scene.lengths.packed(n.cuda)
-    if n.cuda and n.compute == 2 and scene.bias is None and not cfg.dropout:
+    if n.cuda and n.compute == 2 and scene.bias is None and not cfg.dropout and not scene.ahead:
         y = t.op(q, k, v, size=q.size, keeps=[q, k, v], keep_out=True, extra=tokens * own.heads * 4)
     else:
         mask = mask_bytes(view, scene.causal, cfg.window)
-        y = rectangles(t, (q, k, v), own, (view, view), mask, scene, scene.bias is not None)
+        y = rectangles(t, (q, k, v), own, (view, view), mask, scene, scene.bias is not None, scene.ahead)
     y = pick(t, y, tokens, reads, n) if reads is not None else widen(t, y, tokens, whole)
     y = exchanged(t, y, scene.read(reads) * inner * n.compute, scene)
     y = linear(t, y, scene.read(reads), (inner, dim), cfg.out_bias, n, "attention.out")
@@ -150,13 +151,20 @@ def rectangles(
     mask: int,
     scene: Scene,
     bias: bool,
+    ahead: int = 0,
 ) -> Value:
-    """Attention over views of queries and of keys: spread, scores, gathered again, (T, H D)."""
+    """Attention over views of queries and of keys, so many of a prefix `ahead` of each row: spread, scores, gathered
+    again, (T, H D)."""
     n, (rows, columns) = scene.numbers, views
     e, wide = n.compute, cfg.heads * cfg.head_dim * n.compute
     narrow = cfg.kv * cfg.head_dim * e
     q = qkv[0] if rows.full else spread(t, qkv[0], rows.cells * wide)
     k, v = (y if columns.full else spread(t, y, columns.cells * narrow) for y in qkv[1:])
+    if ahead:
+        columns = replace(columns, columns=columns.columns + ahead)
+        k, v = (t.op(y, size=columns.cells * narrow, needs=True, leaf=4 * ahead * cfg.kv * cfg.head_dim)
+                for y in (k, v))  # fmt: skip
+        mask = mask // rows.columns * columns.columns
     tokens = rows.tokens
     plain = not n.cuda and (cfg.dropout or (q.needs and columns.columns <= WRITTEN_OUT))
     if not plain:
@@ -164,8 +172,8 @@ def rectangles(
         logs = rows.cells * cfg.heads * 4
         y = t.op(q, k, v, size=rows.cells * wide, keeps=[q, k, v], keep_out=True, extra=logs + bits)
         return y if rows.full else t.op(y, size=tokens * wide)
-    causal = scene.causal and rows is columns
-    y = written_out(t, (q, k, v), cfg, views, mask or rows.columns**2 * causal, bias, n)
+    causal = scene.causal and rows is views[1]
+    y = written_out(t, (q, k, v), cfg, (rows, columns), mask or rows.columns * columns.columns * causal, bias, n)
     y = t.op(y)  # heads and tokens change places
     return y if rows.full else t.op(y, size=tokens * wide)
 
@@ -265,7 +273,7 @@ def residual(
     n, dim = scene.numbers, scene.dim
     rows, whole = x.size // (dim * n.compute), scene.rows if whole is None else whole
     pre = cfg.norm_at == "pre"
-    y = layer(passed(t, norm(t, x, by, rows, dim, n) if pre else x, whole, scene))
+    y = layer(passed(t, norm(t, x, by, rows, dim, n, inside=True) if pre else x, whole, scene))
     y = dropout(t, passed(t, y, scene.here(y.size // (dim * n.compute)), scene), cfg.dropout, n)
     if reads is not None:
         every = n.rows(scene.lengths.total)
@@ -274,6 +282,6 @@ def residual(
     total = t.op(y, x, through=True)
     if pre:
         return total
-    out = norm(t, total, by, total.size // (dim * n.compute), dim, n)
+    out = norm(t, total, by, total.size // (dim * n.compute), dim, n, inside=True)
     t.hold(y, total)
     return out

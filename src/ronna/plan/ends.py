@@ -17,14 +17,24 @@ CHUNKS = 8  # after so many they find the holes of those before
 
 
 def embedding(
-    model: c.Model, stack: c.Stack, lengths: Lengths, n: Numbers, table: int, there: bool, share: int = 1
+    model: c.Model,
+    stack: c.Stack,
+    lengths: Lengths,
+    n: Numbers,
+    table: int,
+    there: bool,
+    share: int = 1,
+    led: bool = True,
 ) -> tuple[Tape, Value]:
     """Vectors of tokens up to a stack's first block; `table` bytes are those of a dense gradient of the token table,
-    which is new or, if one is `there` already, goes once it has been added to that."""
+    which is new or, if one is `there` already, goes once it has been added to that. led: whether virtual tokens, where
+    there are some, stand here."""
     cfg, dim, tokens = model.embedding, model.dim, lengths.total
-    t = Tape(0, False)
+    t, n = Tape(0, False), n.tables(cfg.norm is not None)
     size, learns = tokens * dim * n.weight, n.learns
     x = t.op(size=size, needs=learns, back=table if there else 0, leaf=0 if there else table)
+    if led and n.adapter is not None and n.trains("prompt"):
+        x = t.op(x, size=size, needs=True, leaf=n.adapter.rank * dim * 4)
     if cfg.scale != 1.0:
         x = t.op(x)
     if isinstance(cfg.positions, c.LearnedPositions):

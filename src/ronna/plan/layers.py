@@ -3,6 +3,8 @@
 Legend: T rows, C channels, I inputs and O outputs of a linear map, r rank of an adapter.
 """
 
+from dataclasses import replace
+
 from ronna.model import config as c
 from ronna.plan.shapes import Numbers
 from ronna.plan.tape import Tape, Value
@@ -16,7 +18,8 @@ def linear(t: Tape, x: Value, rows: int, sides: tuple[int, int], bias: bool, n: 
     narrow = cast(t, weights, n)
     leaf = 0 if narrow else weights * n.weight
     made = weights * n.compute if n.four_bit and path else 0
-    return changed(t, x, product(t, x, rows, sides[1], narrow, leaf, bias, n, made), rows, sides, n, path)
+    tuned = bias and bool(path) and n.trains("bitfit")
+    return changed(t, x, product(t, x, rows, sides[1], narrow, leaf, bias, n, made, tuned), rows, sides, n, path)
 
 
 def cast(t: Tape, weights: int, n: Numbers) -> Value | None:
@@ -27,18 +30,26 @@ def cast(t: Tape, weights: int, n: Numbers) -> Value | None:
 
 
 def product(
-    t: Tape, x: Value, rows: int, outputs: int, weights: Value | None, leaf: int, bias: bool, n: Numbers, made: int = 0
+    t: Tape,
+    x: Value,
+    rows: int,
+    outputs: int,
+    weights: Value | None,
+    leaf: int,
+    bias: bool,
+    n: Numbers,
+    made: int = 0,
+    tuned: bool = False,
 ) -> Value:
     """`leaf` bytes are the gradient of weights that it reads as they are or, joined, as views of it. `made` are those
-    of weights that are made to be read and go again."""
+    of weights that are made to be read and go again. tuned: whether the bias learns alone."""
     kept = [x] if n.learns else []
     reads = [x] if weights is None else [x, weights]
     if x.needs:
         kept += reads[1:]
-    leaf = leaf + outputs * n.weight * bias if n.learns else 0
-    return t.op(
-        *reads, size=rows * outputs * n.compute, keeps=kept, needs=x.needs or n.learns, leaf=leaf, work=made, back=made
-    )
+    leaf = leaf + outputs * n.weight * bias if n.learns else outputs * 4 * tuned
+    needs = x.needs or n.learns or tuned
+    return t.op(*reads, size=rows * outputs * n.compute, keeps=kept, needs=needs, leaf=leaf, work=made, back=made)
 
 
 def merged(
@@ -50,7 +61,8 @@ def merged(
         return [linear(t, x, rows, (inputs, o), bias, n, path) for path, o in outputs]
     casts = [narrow for _, o in outputs if (narrow := cast(t, inputs * o, n)) is not None]
     joined = t.op(*casts, size=inputs * total * n.compute, needs=bool(casts), cast=True, through=True)
-    whole = product(t, x, rows, total, joined, 0 if casts else inputs * total * n.weight, bias, n)
+    tuned = bias and n.trains("bitfit")
+    whole = product(t, x, rows, total, joined, 0 if casts else inputs * total * n.weight, bias, n, tuned=tuned)
     made = []
     for path, o in outputs:
         part = t.op(whole, size=rows * o * n.compute, view=True, grads=[whole.size])
@@ -63,6 +75,10 @@ def changed(t: Tape, x: Value, y: Value, rows: int, sides: tuple[int, int], n: N
     if n.adapter is None or not path or not n.adapter.on(path):
         return y
     e, r = n.compute, n.adapter.rank
+    if n.adapter.kind == "houlsby":
+        own = replace(n, weight=4, adapter=None)
+        h = activation(t, linear(t, y, rows, (sides[1], r), True, own), n.adapter.act)
+        return t.op(y, linear(t, h, rows, (r, sides[1]), True, own), through=True)
     a = low_rank(t, sides[0] * r, n)
     keeps = [x, a] if x.needs and a else [x]
     leaf = 0 if a else sides[0] * r * 4
@@ -79,13 +95,16 @@ def low_rank(t: Tape, weights: int, n: Numbers) -> Value | None:
     return t.op(size=weights * n.compute, needs=True, cast=True, leaf=weights * 4) if n.compute != 4 else None
 
 
-def norm(t: Tape, x: Value, cfg: c.Norm | None, rows: int, dim: int, n: Numbers, e: int | None = None) -> Value:
+def norm(
+    t: Tape, x: Value, cfg: c.Norm | None, rows: int, dim: int, n: Numbers, e: int | None = None, inside: bool = False
+) -> Value:
     """Of `rows` vectors of `dim` numbers; `e` bytes each (None: as activations have)."""
     if cfg is None:
         return x
-    e = n.compute if e is None else e
-    leaf = cfg.params(dim) * n.weight if n.learns else 0
-    needs = x.needs or n.learns
+    e, tuned = n.compute if e is None else e, inside and cfg.bias and n.trains("bitfit")
+    n = n.norms
+    leaf = cfg.params(dim) * n.weight if n.learns else dim * 4 * tuned
+    needs = x.needs or n.learns or tuned
     if cfg.kind == "layer":
         mixed = n.weight == 4 and cfg.bias
         own = 0 if n.weight == e or (mixed and not n.cuda) else dim * e * (1 + cfg.bias)

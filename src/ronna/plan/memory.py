@@ -266,5 +266,7 @@ def model_bytes(model: c.Model, step: Step) -> int:
     coded = 0
     if step.quantize is not None:
         coded = sum(w.size for w in weights(model) if w.inside and w.columns)
-    # Beside the classifier that learns stands the base's.
-    return own + (params - coded) * n.weight + int(coded * BITS.get(step.quantize or "", 0) / 8)
+    wide = n.tables(model.embedding.norm is not None).weight - n.weight
+    tables = sum(share(w, step.ranks).size for w in weights(model) if w.path.startswith("embedding.")) * wide
+    # Beside the classifier that learns, and Houlsby's norms, stand the base's.
+    return own + (params - coded) * n.weight + int(coded * BITS.get(step.quantize or "", 0) / 8) + tables

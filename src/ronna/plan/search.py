@@ -30,7 +30,8 @@ class Shape:
     predicted: int | None = None
 
     def of(self, step: Step) -> Step:
-        return replace(step, lengths=self.lengths, source=self.source, predicted=self.predicted)
+        shaped = replace(step, lengths=self.lengths, source=self.source, predicted=self.predicted)
+        return shaped.led(step.adapter.rank) if step.adapter and step.adapter.kind == "prompt" else shaped
 
 
 @dataclass(frozen=True)

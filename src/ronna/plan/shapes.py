@@ -3,9 +3,11 @@
 Legend: T tokens, B sequences, R rows and L columns of an attention view, M positions read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
+
+from ronna.model.config import Activation
 
 Dtype = Literal["fp32", "bf16"]
 BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
@@ -53,6 +55,10 @@ class Lengths:
     def total(self) -> int:
         return self.sequences * self.length if self.tokens is None else self.tokens
 
+    def ahead(self, tokens: int) -> "Lengths":
+        """With so many more before every sequence."""
+        return replace(self, length=self.length + tokens, tokens=self.total + self.sequences * tokens, rows=None)
+
     def padded(self) -> "View":
         return View(self.sequences, self.length, self.total, True)
 
@@ -85,12 +91,22 @@ class View:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA of this rank on the linear maps of the blocks that are called so ("q", "ffn.up"; "all": every one)."""
+    """What learns beside a frozen base and a classifier.
+
+    lora: matrices of this rank, houlsby: bottlenecks as wide and all norms, on or behind the linear maps of the blocks
+    that are called so ("q", "ffn.up"; "all": every one). bitfit: the biases of the blocks. prompt: as many virtual
+    tokens before every text; prefix: as many keys and values, which a network `hidden` wide may make.
+    """
 
     rank: int
     targets: tuple[str, ...] = ("all",)
+    kind: Literal["lora", "houlsby", "bitfit", "prompt", "prefix"] = "lora"
+    act: Activation = "gelu"
+    hidden: int | None = None
 
     def on(self, path: str) -> bool:
+        if self.kind not in ("lora", "houlsby"):
+            return False
         return "all" in self.targets or any(f".{path}".endswith(f".{target}") for target in self.targets)
 
 
@@ -113,6 +129,18 @@ class Numbers:
     @property
     def learns(self) -> bool:
         return self.adapter is None
+
+    def trains(self, kind: str) -> bool:
+        return self.adapter is not None and self.adapter.kind == kind
+
+    def tables(self, normed: bool) -> "Numbers":
+        """Of embedding tables: what a norm reads that learns stays wide."""
+        return replace(self, weight=4) if normed and self.trains("houlsby") else self
+
+    @property
+    def norms(self) -> "Numbers":
+        """Of norms, those of Houlsby's adapters being their own."""
+        return replace(self, weight=4, adapter=None) if self.trains("houlsby") else self
 
     def rows(self, tokens: int) -> int:
         return computed_rows(tokens, self.cuda)

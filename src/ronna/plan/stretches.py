@@ -5,7 +5,7 @@ Legend: T tokens, C channels, M predicted positions, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from ronna.model import config as c
 from ronna.plan import ends
@@ -60,6 +60,11 @@ class Step:
         away, four_bit = "activations" in self.offload, self.quantize is not None
         cuda = self.device == "cuda"
         return Numbers(BYTES[self.compute], BYTES[width], cuda, self.adapter, four_bit, away, cuda and self.compiled)
+
+    def led(self, tokens: int) -> Self:
+        """With so many virtual tokens before every text, which the first stack reads."""
+        led = (self.source or self.lengths).ahead(tokens)
+        return replace(self, source=led) if self.source else replace(self, lengths=led)
 
     @property
     def inside(self) -> Numbers:
@@ -161,7 +166,8 @@ def loss_parts(model: c.Model, step: Step) -> Events:
 
 def scene_of(model: c.Model, stack: c.Stack, lengths: Lengths, source: Lengths | None, step: Step) -> Scene:
     within, context = step.ranks.within, step.ranks.context
-    return Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside, within, context)
+    ahead = step.adapter.rank if step.adapter and step.adapter.kind == "prefix" and stack is model.last else 0
+    return Scene(model.dim, lengths, source, stack.causal, stack.relative_bias, step.inside, within, context, ahead)
 
 
 def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
@@ -177,7 +183,9 @@ def forward_pass(model: c.Model, step: Step, table: Table) -> Iterator[Stretch]:
             continue
         last = stack is model.last
         reads = read_positions(model, step) if last else None
-        t, x = ends.embedding(model, stack, lengths, n, dense, there, step.ranks.rows)
+        t, x = ends.embedding(
+            model, stack, lengths, n, dense, there, step.ranks.rows, led=stack is (model.encoder or model.decoder)
+        )
         by_rows = lengths.total * model.dim * n.weight if table.sparse else 0
         profile = t.profile(x, keep_leaves=keep, away=n.away)
         added = dense if there else 0

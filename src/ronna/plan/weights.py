@@ -4,7 +4,7 @@ Legend: C channels, I inputs and O outputs of a linear map, V vocabulary, r rank
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
@@ -46,7 +46,9 @@ class Optimizer:
 
 def norm(path: str, cfg: c.Norm | None, dim: int, inside: bool = False) -> Iterator[Weight]:
     if cfg is not None:
-        yield Weight(path, dim, 0, inside, cfg.params(dim) // dim)
+        yield Weight(path, dim, 0, inside)
+        if cfg.params(dim) > dim:
+            yield Weight(f"{path}.bias", dim, 0, inside)
 
 
 def linear(path: str, inputs: int, outputs: int, bias: bool, inside: bool = False) -> Iterator[Weight]:
@@ -127,16 +129,35 @@ def weights(model: c.Model, token_rows: int | None = None) -> Iterator[Weight]:
 
 
 def adapted(model: c.Model, adapter: Adapter) -> Iterator[Weight]:
-    """What learns of a model with an adapter: its own matrices and the classifier."""
-    for one in (model.encoder, model.decoder):
-        for cfg, same in groupby(one.blocks if one else ()):
-            count = len(list(same))
-            for w in block(cfg, model.dim):
-                if w.columns and adapter.on(w.path):
-                    yield Weight(f"{w.path}.a", adapter.rank, w.columns, True, count)
-                    yield Weight(f"{w.path}.b", w.rows, adapter.rank, True, count)
+    """What learns of a model with an adapter: its own weights and the classifier."""
+    for w in weights(replace(model, classifier=None)):
+        yield from alongside(w, adapter)
+    last, (n, hidden) = model.last, (adapter.rank, adapter.hidden)
+    if adapter.kind == "prompt":
+        yield Weight("embedding.prompt", n, model.dim)
+    if adapter.kind == "prefix":
+        width = sum(2 * b.attention.kv * b.attention.head_dim for b in last.blocks)
+        yield Weight("prefix", n, hidden or width)
+        if hidden is not None:
+            yield from linear("prefix.inner", hidden, hidden, True)
+            yield from linear("prefix.outer", hidden, width, True)
     if model.classifier is not None:
         yield from classifier(model.classifier, model.dim)
+
+
+def alongside(w: Weight, adapter: Adapter) -> Iterator[Weight]:
+    """What an adapter has for a weight of the base."""
+    scale = w.path == "norm" or w.path.endswith((".norm", "_norm"))
+    if w.inside and w.columns and adapter.on(w.path):
+        inputs = w.rows if adapter.kind == "houlsby" else w.columns
+        yield Weight(f"{w.path}.a", adapter.rank, inputs, True, w.times)
+        yield Weight(f"{w.path}.b", w.rows, adapter.rank, True, w.times)
+        if adapter.kind == "houlsby":
+            yield from (Weight(w.path, n, 0, True, w.times) for n in (adapter.rank, w.rows))
+    elif (adapter.kind == "houlsby" and (scale or w.path.endswith("norm.bias"))) or (
+        adapter.kind == "bitfit" and w.inside and not w.columns and not scale
+    ):
+        yield w
 
 
 def states(optimizer: Optimizer, learning: list[Weight], width: int) -> int:

@@ -9,7 +9,7 @@ inputs and O outputs of a linear map, M positions read, V vocabulary.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ronna.model import config as c
 from ronna.plan.blocks import WRITTEN_OUT, Scene, mask_bytes
@@ -80,6 +80,13 @@ def changed(w: Work, rows: int, sides: tuple[int, int], n: Numbers, path: str, n
     if n.adapter is None or not path or not n.adapter.on(path):
         return
     (inputs, outputs), rank, e = sides, n.adapter.rank, n.compute
+    if n.adapter.kind == "houlsby":
+        own = replace(n, weight=4, adapter=None)
+        linear(w, rows, (outputs, rank), True, own, "", True)
+        w.each(n.adapter.act, rows * rank)
+        linear(w, rows, (rank, outputs), True, own, "", True)
+        w.moves(3 * rows * outputs * e)
+        return
     w.product("linear", (rows, inputs, rank), e, needs + 1)
     w.product("linear", (rows, rank, outputs), e, 2)
     w.moves((inputs + outputs) * rank * (4 + e), calls=4)
@@ -102,8 +109,8 @@ def merged(
 
 
 def learns(n: Numbers, path: str) -> bool:
-    """Whether anything of a map does."""
-    return n.adapter is None or n.adapter.on(path)
+    """Whether anything of a map does, or of what it reads or is changed by."""
+    return n.adapter is None or n.adapter.kind != "lora" or n.adapter.on(path)
 
 
 def norm(w: Work, cfg: c.Norm | None, numbers: int) -> None:
