@@ -19,7 +19,7 @@ from ronna.plan.search import Shape, Work
 from ronna.plan.shapes import Adapter, Dtype, Lengths
 from ronna.plan.stretches import Step
 from ronna.plan.weights import Kind as OptimizerKind
-from ronna.plan.weights import Optimizer
+from ronna.plan.weights import Optimizer, adapted
 
 Pretraining = Literal["mlm", "clm", "denoise"]
 Task = Literal["classify", "tag", "relation", "span_qa", "embed", "seq2seq", "dialogue", "dpo"]
@@ -141,12 +141,15 @@ def asked(
     if cfg.max_length is not None and length > cfg.max_length:
         what = f"sequences of {length} tokens are longer than the {cfg.max_length} positions of the model"
         raise RonnaError(what, where="length", fix=f"at most {cfg.max_length}")
+    adapter = None if question.peft is None else adapter_for(question.peft, question.rank)
+    if adapter is not None:
+        check_adapter(cfg, adapter)
     shape, batch = shapes(task, model, length), question.batch or max(BATCH, devices)
     step = Step(
         Lengths(1, 1),
         compute=compute,
         optimizer=Optimizer(question.optim),
-        adapter=None if question.peft is None else adapter_for(question.peft, question.rank),
+        adapter=adapter,
         quantize=question.quantize,
         device=kind,
     )
@@ -161,6 +164,15 @@ def adapter_for(method: Method, size: int | None, targets: tuple[str, ...] = ("a
     if method == "houlsby":
         return Adapter(size, PLACES, method)
     return Adapter(size, kind=method)
+
+
+def check_adapter(cfg: c.Model, adapter: Adapter) -> None:
+    """What a run would refuse as well."""
+    if adapter.kind == "bitfit" and not any(adapted(replace(cfg, classifier=None), adapter)):
+        raise RonnaError("this model has no bias to train", where="peft", fix="use lora or houlsby")
+    if adapter.kind == "prefix" and any(block.attention.window is not None for block in cfg.last.blocks):
+        what = "prefix tuning of attention that sees a window alone"
+        raise RonnaError(what, where="peft", fix="use prompt, lora or houlsby")
 
 
 def trained(task: str, family: Family, cfg: c.Model, *, pretraining: bool, nsp: bool = False) -> c.Model:

@@ -188,6 +188,8 @@ def test_precision_vocabulary_and_rank() -> None:
         ({"model": "gpt2", "task": "mlm"}, ["cannot be trained by mlm", "clm"]),
         ({"model": "gpt2", "length": 4096}, ["4096", "1024"]),
         ({"model": "gpt2", "quantize": "nf4"}, ["4 bits", "--peft"]),
+        ({"model": "llama-tiny", "peft": "bitfit"}, ["no bias", "lora"]),
+        ({"model": "modernbert-tiny", "peft": "prefix"}, ["window", "prompt"]),
         ({"model": "t5-small", "task": "classify"}, ["no classifier"]),
         ({"model": "gpt2", "precision": "bf16", "hardware": "t4"}, ["t4", "bf16", "fp32"]),
         ({"model": "gpt2", "write": "run.toml"}, ["--data"]),
