@@ -3,8 +3,6 @@
 Legend: T tokens, C channels, M positions read, V vocabulary, B sequences.
 """
 
-from dataclasses import replace
-
 from ronna.model import config as c
 from ronna.plan.heap import Heap
 from ronna.plan.layers import activation, dropout, linear, norm
@@ -82,8 +80,7 @@ def heads(
         rest = x
         if model.head is not None:
             rest, read = t.op(x, size=sequences * size, view=True, grads=[x.size]), sequences
-        own = n if n.learns else replace(n, weight=4, adapter=None)
-        outs.append(classifier(t, rest, model.classifier, model.dim, read, sequences, own))
+        outs.append(classifier(t, rest, model.classifier, model.dim, read, sequences, n.own))
     return outs or [x]
 
 

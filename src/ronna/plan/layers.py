@@ -3,8 +3,6 @@
 Legend: T rows, C channels, I inputs and O outputs of a linear map, r rank of an adapter.
 """
 
-from dataclasses import replace
-
 from ronna.model import config as c
 from ronna.plan.shapes import Numbers
 from ronna.plan.tape import Tape, Value
@@ -76,9 +74,8 @@ def changed(t: Tape, x: Value, y: Value, rows: int, sides: tuple[int, int], n: N
         return y
     e, r = n.compute, n.adapter.rank
     if n.adapter.kind == "houlsby":
-        own = replace(n, weight=4, adapter=None)
-        h = activation(t, linear(t, y, rows, (sides[1], r), True, own), n.adapter.act)
-        return t.op(y, linear(t, h, rows, (r, sides[1]), True, own), through=True)
+        h = activation(t, linear(t, y, rows, (sides[1], r), True, n.own), n.adapter.act)
+        return t.op(y, linear(t, h, rows, (r, sides[1]), True, n.own), through=True)
     a = low_rank(t, sides[0] * r, n)
     keeps = [x, a] if x.needs and a else [x]
     leaf = 0 if a else sides[0] * r * 4

@@ -138,9 +138,14 @@ class Numbers:
         return replace(self, weight=4) if normed and self.trains("houlsby") else self
 
     @property
+    def own(self) -> "Numbers":
+        """Of an adapter's own weights, such as its classifier's, which all learn and lie in fp32."""
+        return self if self.learns else replace(self, weight=4, adapter=None)
+
+    @property
     def norms(self) -> "Numbers":
-        """Of norms, those of Houlsby's adapters being their own."""
-        return replace(self, weight=4, adapter=None) if self.trains("houlsby") else self
+        """Of norms, of which Houlsby's adapters have their own."""
+        return self.own if self.trains("houlsby") else self
 
     def rows(self, tokens: int) -> int:
         return computed_rows(tokens, self.cuda)

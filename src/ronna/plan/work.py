@@ -9,7 +9,7 @@ inputs and O outputs of a linear map, M positions read, V vocabulary.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ronna.model import config as c
 from ronna.plan.blocks import WRITTEN_OUT, Scene, mask_bytes
@@ -81,10 +81,9 @@ def changed(w: Work, rows: int, sides: tuple[int, int], n: Numbers, path: str, n
         return
     (inputs, outputs), rank, e = sides, n.adapter.rank, n.compute
     if n.adapter.kind == "houlsby":
-        own = replace(n, weight=4, adapter=None)
-        linear(w, rows, (outputs, rank), True, own, "", True)
+        linear(w, rows, (outputs, rank), True, n.own, "", True)
         w.each(n.adapter.act, rows * rank)
-        linear(w, rows, (rank, outputs), True, own, "", True)
+        linear(w, rows, (rank, outputs), True, n.own, "", True)
         w.moves(3 * rows * outputs * e)
         return
     w.product("linear", (rows, inputs, rank), e, needs + 1)
@@ -291,7 +290,7 @@ def heads(model: c.Model, read: int, sequences: int, words: int, n: Numbers) -> 
         w.each(transform.act, words * dim)
         norm(w, transform.norm, words * dim)
     if (cfg := model.classifier) is not None:
-        own = n if n.learns else Numbers(n.compute, 4, n.cuda)
+        own = n.own
         rows = sequences if cfg.of == "sequence" else read
         if cfg.dense is not None:
             linear(w, rows, (dim, dim), cfg.dense_bias, own, "", True)
