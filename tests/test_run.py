@@ -10,6 +10,7 @@ import torch
 from ronna import assemble
 from ronna.run import Training, prepare_run
 from ronna.stored import Store
+from ronna.verbs.evaluate import load
 
 from .test_resume import tuning
 
@@ -42,6 +43,23 @@ def test_what_was_trained_is_let_go_of_before_the_folder_is_opened(more, tiny_be
     monkeypatch.setitem(Store.reopened.__globals__, "open_folder", opened)
     report = training.execute()
     assert seen == [(0, 0)] and optimizers and report["parameters"] == training.parts.model.cfg.params()
+
+
+@pytest.mark.parametrize("weights, precision", [("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")])
+def test_no_matrix_is_tested_wider_than_it_was_trained(weights, precision, tiny_bert, tmp_path):
+    """What was trained in bf16 because no more would fit is tested in that memory, all else as `evaluate` will."""
+    asked = {"weights": weights, "precision": precision, "evaluate_every": 2}
+    training = run(tiny_bert, tmp_path / "run", train=asked)
+    training.train()
+    task, texts = training.data.task, training.data.examples["validation"]  # type: ignore[union-attr]
+    folder, model = tmp_path / "run" / "model", training.parts.model.eval()
+    trained = task.infer(model, texts)
+    opened = training.store.reopened(folder, None, training.device)
+    narrow = torch.bfloat16 if "bf16" in (weights, precision) else torch.float32
+    assert {p.dtype for p in opened.parameters() if p.ndim >= 2} == {narrow}
+    later = load(str(folder), device="cpu", precision=precision).model
+    expected = trained if weights == "bf16" else task.infer(later, texts)
+    assert (task.infer(opened, texts) == expected).all()
 
 
 def maps(training: Training) -> set[torch.dtype]:

@@ -137,13 +137,15 @@ def asked(
     if question.peft is not None and task in ("mlm", "denoise"):
         task = "classify" if task == "mlm" else "seq2seq"  # adapters are for fine-tuning
     model = trained(task, family, cfg, pretraining=question.peft is None and task == task_of(cfg))
-    length = question.length or min(LENGTH, cfg.max_length or LENGTH)
-    if cfg.max_length is not None and length > cfg.max_length:
-        what = f"sequences of {length} tokens are longer than the {cfg.max_length} positions of the model"
+    if cfg.max_length is not None and question.length is not None and question.length > cfg.max_length:
+        what = f"sequences of {question.length} tokens are longer than the {cfg.max_length} positions of the model"
         raise RonnaError(what, where="length", fix=f"at most {cfg.max_length}")
     adapter = None if question.peft is None else adapter_for(question.peft, question.rank)
     if adapter is not None:
         check_adapter(cfg, adapter)
+    longest = c.room_beside(0 if adapter is None else adapter.virtual, cfg.max_length, where="rank")
+    length = question.length or LENGTH  # a run cuts texts to what virtual tokens leave, and so does its plan
+    length = length if longest is None else min(length, longest)
     shape, batch = shapes(task, model, length), question.batch or max(BATCH, devices)
     step = Step(
         Lengths(1, 1),

@@ -4,6 +4,7 @@ import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ronna.model.families import read_config, read_config_json
 from ronna.model.folder import Loaded, is_language_model, load_folder, load_weights, save_folder, save_state
 from ronna.model.folder_config import save_config
 from ronna.model.fourbit import Quantize
+from ronna.model.init import hold
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 from ronna.parallel.pipeline import whole_state
@@ -122,18 +124,20 @@ class Store:
             parameter.copy_(stored[name])
 
     def reopened(self, folder: Path, quantize: Quantize | None, device: torch.device) -> Transformer:
-        """The model that `write` has put there, as `evaluate` will read it. One in shards gets its weights from there,
-        any other is opened anew."""
-        model = self.parts.model
+        """The model that `write` has put there, as `evaluate` will read it, but no matrix wider than it was trained,
+        for which there may be no memory. One in shards gets its weights from there, any other is opened anew."""
+        model, adapted = self.parts.model, self.parts.peft is not None
         self.world.any(False)  # it is there when rank 0 has come here
-        if self.world.size > 1 and self.parts.peft is None:
+        if self.world.size > 1 and not adapted:
             rest(model)
             load_weights(model, self.parts.family, folder)
             return model
+        computed, trained_in = model.compute, model.embedding.tokens.weight.dtype
+        precision = partial(hold, matrices=min(computed, trained_in, key=lambda dtype: dtype.itemsize))
         if self.world.size == 1:
             let_go(model)
-        opened = open_folder(folder, quantize, model.compute).model.to(device, model.compute)
-        opened.compute = model.compute
+        opened = open_folder(folder, quantize, computed, precision).model.to(device, computed if adapted else None)
+        opened.compute = computed
         return opened
 
 
@@ -151,16 +155,23 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {f"{role}_token_id": i for role, i in roles.items() if i is not None}
 
 
-def open_folder(name: str | Path, quantize: Quantize | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+def open_folder(
+    name: str | Path,
+    quantize: Quantize | None = None,
+    dtype: torch.dtype = torch.float32,
+    precision: Callable[[Transformer], object] | None = None,
+) -> Loaded:
     """The model in a folder, with the heads that it has; an adapter's on its base. Raises RonnaError.
 
     quantize: hold the linear maps of its blocks in 4 bits. dtype: of what is read; what an adapter brings is fp32.
+    precision: gives parameters of a model without adapter, which have no memory yet, another one than `dtype`.
     """
     folder = local_folder(str(name))
     adapted = is_adapter(folder)
-    loaded = (
-        open_adapted(folder, name, quantize, dtype) if adapted else load_folder(folder, quantize=quantize, dtype=dtype)
-    )
+    if adapted:
+        loaded = open_adapted(folder, name, quantize, dtype)
+    else:
+        loaded = load_folder(folder, quantize=quantize, dtype=dtype, precision=precision)
     if "embedding_pooling" not in loaded.config and (pool := embedding_pool(folder)):
         loaded.config["embedding_pooling"] = pool
     return loaded

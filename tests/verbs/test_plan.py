@@ -190,6 +190,8 @@ def test_precision_vocabulary_and_rank() -> None:
         ({"model": "gpt2", "quantize": "nf4"}, ["4 bits", "--peft"]),
         ({"model": "llama-tiny", "peft": "bitfit"}, ["no bias", "lora"]),
         ({"model": "modernbert-tiny", "peft": "prefix"}, ["window", "prompt"]),
+        ({"model": "gpt2", "peft": "prompt", "rank": 2000}, ["2000 virtual tokens", "1024", "fewer"]),
+        ({"model": "bert-base", "peft": "prefix", "rank": 512}, ["512 virtual tokens", "rank"]),
         ({"model": "t5-small", "task": "classify"}, ["no classifier"]),
         ({"model": "gpt2", "precision": "bf16", "hardware": "t4"}, ["t4", "bf16", "fp32"]),
         ({"model": "gpt2", "write": "run.toml"}, ["--data"]),
@@ -282,6 +284,14 @@ def test_a_method_is_planned_as_what_it_is(method: Any) -> None:
     kept = {"lora": {"rank": 3}, "houlsby": {"rank": 3, "act": "relu"}, "bitfit": {}, "prompt": {"rank": 3},
             "prefix": {"rank": 3, "hidden": 7}}[method]  # fmt: skip
     assert adapter_of(peft_of(other)) == replace(asked, **kept)
+
+
+@pytest.mark.parametrize(("method", "text", "held"), [("prompt", 492, 512), ("prefix", 492, 492), ("lora", 512, 512)])
+def test_virtual_tokens_take_positions_of_a_text(method: str, text: int, held: int) -> None:
+    """As in a run, where a text of BERT's has at most 512 of them."""
+    question = build(PlanRun, {"model": "bert-base", "peft": method, "length": 512}, where="plan()")
+    work = asking.asked(question, *asking.published(question, "bert-base"), "cpu", "fp32").work
+    assert work.shape(1).lengths.length == text and work.step.lengths.length == held
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from ronna.base.errors import RonnaError
+
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"]
 Pool = Literal["first", "last", "mean"]
 # What a classifier scores: a sequence, each of its tokens, each token as a start and as an end, two tokens together.
@@ -341,6 +343,14 @@ def map_parts(part: Any, change: Callable[[Any], Any]) -> Any:
         return part
     inner = {f.name: map_parts(getattr(part, f.name), change) for f in fields(part)}
     return change(replace(part, **inner))
+
+
+def room_beside(virtual: int, longest: int | None, where: str = "peft.tokens") -> int | None:
+    """What so many virtual tokens leave to the text of a model's positions. Raises RonnaError where that is nothing."""
+    if longest is not None and virtual >= longest:
+        said = f"{virtual} virtual tokens, and the model has {longest} positions for them and the text"
+        raise RonnaError(said, where=where, fix="use fewer")
+    return None if longest is None else longest - virtual
 
 
 def without_dropout(model: Model) -> Model:

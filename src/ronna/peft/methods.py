@@ -10,7 +10,7 @@ from torch import nn
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
-from ronna.model.config import Model
+from ronna.model.config import Model, room_beside
 from ronna.model.heads import Classifier
 from ronna.model.layers import LayerNorm, RMSNorm
 from ronna.model.transformer import Transformer
@@ -20,7 +20,7 @@ from ronna.peft.houlsby import HoulsbyConfig, add_houlsby
 from ronna.peft.lora import LoraConfig, add_lora
 from ronna.peft.own import add_own, bare_classifier, copy_own, every_parameter, own_parameters, refuse_taken
 from ronna.peft.prefix import PrefixConfig, add_prefix
-from ronna.peft.prompt import PromptConfig, add_prompt, room
+from ronna.peft.prompt import PromptConfig, add_prompt
 
 NAME = "default"  # of the adapter that a run trains
 
@@ -44,7 +44,7 @@ def reads_base(config: PeftConfig) -> bool:
 
 def longest_text(cfg: Model, config: PeftConfig | None) -> int | None:
     """The most tokens that a text may have beside the virtual ones of a method, or None where nothing says."""
-    return room(cfg.max_length, config.tokens if isinstance(config, PromptConfig | PrefixConfig) else 0)
+    return room_beside(config.tokens if isinstance(config, PromptConfig | PrefixConfig) else 0, cfg.max_length)
 
 
 def adapt(

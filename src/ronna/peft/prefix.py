@@ -16,11 +16,11 @@ from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 from ronna.decoding.batch import inference
 from ronna.model import attention
+from ronna.model.config import room_beside
 from ronna.model.init import generator
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Cache, Stack, Transformer
 from ronna.peft.changes import Changed, attach
-from ronna.peft.prompt import room
 
 
 class PrefixConfig(Config):
@@ -89,7 +89,7 @@ def empty_prefix(model: Transformer, config: PrefixConfig) -> Prefix | MadePrefi
     heads, size = layout(stack)
     if any((block.attention.kv, block.attention.head_dim) != (heads, size) for block in stack.cfg.blocks):
         raise RonnaError("prefix tuning of blocks that differ in their heads", where="peft.kind", fix="use lora")
-    room(model.max_length, config.tokens)
+    room_beside(config.tokens, model.max_length)
     width = len(stack.blocks) * 2 * heads * size
     return Prefix(config.tokens, width) if config.hidden is None else MadePrefix(config.tokens, width, config.hidden)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ronna.base.config import Config
 from ronna.base.errors import RonnaError
+from ronna.model.config import room_beside
 from ronna.model.init import generator
 from ronna.model.transformer import Embedding, Transformer
 from ronna.peft.changes import Changed, attach
@@ -47,7 +48,7 @@ def empty_prompt(model: Transformer, tokens: int) -> Prompt:
         # The peft library hands transformers its text unscaled too, so no folder would mean the same to both.
         fix = "use lora or houlsby"
         raise RonnaError("prompt tuning of a model that scales its embeddings", where="peft.kind", fix=fix)
-    room(model.max_length, tokens)
+    room_beside(tokens, model.max_length)
     return Prompt(tokens, model.embedding.dim)
 
 
@@ -58,11 +59,3 @@ def add_prompt(model: Transformer, config: PromptConfig, name: str, seed: int) -
         drawn = torch.randint(len(table), (config.tokens,), generator=generator(seed, "embedding.prompt"))
         prompt.vectors.copy_(table[drawn.to(table.device)])
     attach(model.embedding, PromptedEmbedding, name, prompt)
-
-
-def room(longest: int | None, tokens: int) -> int | None:
-    """What so many virtual tokens leave to the text of a model's positions. Raises RonnaError where that is nothing."""
-    if longest is not None and tokens >= longest:
-        said = f"{tokens} virtual tokens, and the model has {longest} positions for them and the text"
-        raise RonnaError(said, where="peft.tokens", fix="use fewer")
-    return None if longest is None else longest - tokens

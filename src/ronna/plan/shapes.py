@@ -104,6 +104,11 @@ class Adapter:
     act: Activation = "gelu"
     hidden: int | None = None
 
+    @property
+    def virtual(self) -> int:
+        """Tokens that take positions of a text."""
+        return self.rank if self.kind in ("prompt", "prefix") else 0
+
     def on(self, path: str) -> bool:
         if self.kind not in ("lora", "houlsby"):
             return False

@@ -123,7 +123,7 @@ def load(
     place = choose_device(device)
     dtype, _ = choose_precision(precision, place)
     adapter = NAME if is_adapter(local_folder(folder)) else None
-    return furnished(folder, open_folder(folder, quantize), place, dtype, length=length, adapter=adapter)
+    return furnished(folder, open_folder(folder, quantize, dtype), place, dtype, length=length, adapter=adapter)
 
 
 def opened(run: EvaluateRun | PredictRun) -> Loaded:
