@@ -1,5 +1,14 @@
 """Steps of what was planned, in this process."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +53,32 @@ def test_a_warm_up_is_once_and_draws_no_numbers() -> None:
         warm_up(family, "span_qa", False, Step(Lengths(3, length)))
     assert torch.equal(torch.get_rng_state(), before)
     assert warmed.cache_info().misses == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its starter ended")
+def test_a_trial_ends_with_whoever_asked_for_it() -> None:
+    asked = {
+        "subject": asdict(Subject("bert-tiny", TINY, "classify", False)),
+        "step": asdict(Step(FEW)),
+        "steps": 10**9,
+    }
+    started = "p = subprocess.Popen([sys.executable, *sys.argv[1:]]); print(p.pid, flush=True); p.wait()"
+    command = [sys.executable, "-c", f"import subprocess, sys; {started}", "-m", "ronna.trial", json.dumps(asked)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        trial = int(starter.stdout.readline())
+        proc = Path(f"/proc/{trial}")
+        until(lambda: "torch" in (proc / "maps").read_text())  # it is past its first line
+        starter.kill()
+    try:
+        until(lambda: not proc.exists() or "zombie" in (proc / "status").read_text())
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(trial, signal.SIGKILL)
+
+
+def until(true: Any) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)

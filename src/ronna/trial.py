@@ -18,6 +18,7 @@ from typing import Any
 from ronna.asked import WRITES, trained
 from ronna.base.config import Tree
 from ronna.base.errors import RonnaError
+from ronna.base.process import stop_with_starter
 from ronna.model import config as c
 from ronna.model.families import Family, preset, read_config
 from ronna.plan.shapes import Adapter, Lengths
@@ -90,6 +91,7 @@ def main(tree: Tree) -> None:
     from ronna.base.device import peak_resident_bytes, resident_bytes
     from ronna.base.heap import Heap, keep_few_kernels
 
+    stop_with_starter()
     keep_few_kernels()
     subject, step = Subject(**tree["subject"]), step_of(tree["step"])
     heap = Heap(step.tight or step.lean)

@@ -4,14 +4,11 @@ One process is the rule. Under `torchrun`, or whatever else sets its variables, 
 started; each calls everything here at the same places in the same order, or all would wait for ever.
 """
 
-import ctypes
 import faulthandler
 import gc
 import json
 import math
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +27,11 @@ from ronna.base.config import Config
 from ronna.base.device import choose_device
 from ronna.base.errors import RonnaError
 from ronna.base.heap import share_one_heap
+from ronna.base.process import stop_with_starter
 
 T = TypeVar("T")
 ENDS = "ends"  # dimension of a mesh
 HEARD = 2.0  # seconds that a rank which ends with an error waits for others with the same
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class ParallelConfig(Config):
@@ -279,15 +276,6 @@ ALONE = World()
 def started_with_others() -> bool:
     """Whether whoever started this process has started more of them."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def stop_with_starter() -> None:
-    """Let the system ask this process to stop when the one that started it ends, even by SIGKILL; on Linux alone."""
-    if sys.platform == "linux":
-        starter = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != starter:  # it ended before
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def together_of(config: ParallelConfig) -> int:
