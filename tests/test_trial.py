@@ -68,8 +68,10 @@ def test_a_trial_ends_with_whoever_asked_for_it() -> None:
         assert starter.stdout is not None
         trial = int(starter.stdout.readline())
         proc = Path(f"/proc/{trial}")
-        until(lambda: "torch" in (proc / "maps").read_text())  # it is past its first line
-        starter.kill()
+        try:
+            until(lambda: "torch" in (proc / "maps").read_text())  # it is past its first line
+        finally:
+            starter.kill()
     try:
         until(lambda: not proc.exists() or "zombie" in (proc / "status").read_text())
     finally:
