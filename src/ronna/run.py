@@ -165,9 +165,10 @@ class Training:
             if self.fit is not None:
                 loop.hooks.append(partial(self.fit.watch, self.device))
             if progress.step == 0:
-                peak = float(optimizers[0].param_groups[0]["initial_lr"])
-                first = partial(lr_scale, run.schedule, 0, self.total_steps)
-                loop.hooks.append(FirstStep(parts.model, lambda: peak * first(), update.gradient_norm))
+                first = run.optim.lr * lr_scale(run.schedule, 0, self.total_steps)
+                loop.hooks.append(
+                    FirstStep(parts.model, lambda name: first * run.optim.factor(name), update.gradient_norm)
+                )
             return loop.train()
 
     def tracker(self) -> Tracker:

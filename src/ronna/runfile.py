@@ -101,6 +101,7 @@ class PretrainRun(Config):
 FULL, SCRATCH = 5e-5, 5e-4
 RATES = {"lora": 5e-4, "adalora": 1e-3, "houlsby": 1e-3, "bitfit": 1e-3, "prompt": 5e-3, "prefix": 1e-2}
 MADE = 1e-3  # for a prefix that a network makes
+NORMS = 0.05  # of the rate: Houlsby's norms are trained already, and take the steps of a whole model
 SHARES = {"dpo": 0.02}  # of the rate
 LENGTHS = {"span_qa": 384, "seq2seq": 256, "dialogue": 512, "dpo": 512}
 
@@ -132,7 +133,8 @@ class FinetuneRun(Config):
         rate = MADE if peft.get("kind") == "prefix" and peft.get("hidden") else rate
         length = LENGTHS.get(kind)
         if optim.get("kind", "adamw") == "adamw":
-            tree = {**tree, "optim": {"lr": rate, **optim}}
+            parts = {"rates": {"norm": NORMS}} if peft.get("kind") == "houlsby" else {}
+            tree = {**tree, "optim": {"lr": rate, **parts, **optim}}
         return {**tree, "train": {"length": length, **train}} if length else tree
 
 

@@ -27,7 +27,7 @@ from ronna.model.loss import vocabulary_loss
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Loss, predicted_states
-from ronna.parallel.pipeline import absent, stages_of, whole_state
+from ronna.parallel.pipeline import absent, learning, stages_of, whole_state
 from ronna.parallel.sharded import gathered, shard
 from ronna.parallel.world import ParallelConfig, RankLost, World, joined
 from ronna.peft.houlsby import HoulsbyConfig
@@ -153,6 +153,7 @@ def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict
     wanted = {n: p for n, p in one.named_parameters() if p.grad is not None}
     assert found.keys() == {n for n in wanted if not n.startswith(absent(many))} and totals.counts == expected.counts
     assert all(p.requires_grad == (n in found) for n, p in many.named_parameters())
+    assert set(learning(many)) == wanted.keys()
     largest = max(float(p.grad.abs().max()) for p in wanted.values())
     rounded = {n: p for n, p in single.named_parameters() if p.grad is not None}
     worst, alone, apart_from_it = far(found, wanted), far(rounded, wanted), far(found, rounded)

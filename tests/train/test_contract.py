@@ -170,7 +170,7 @@ def test_labels_outside_the_set_are_refused():
 
 def stepped(some: Transformer, lr: float = 1e-2) -> FirstStep:
     """One plain step, then the hook may be called."""
-    hook = FirstStep(some, lambda: lr, gradient_norm)
+    hook = FirstStep(some, lambda _: lr, gradient_norm)
     batch = torch.tensor([3, 4, 5, 6])
     some(batch, Sequences.of([4])).logsumexp(-1).sum().backward()
     with torch.no_grad():

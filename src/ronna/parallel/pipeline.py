@@ -295,6 +295,12 @@ def absent(model: Transformer) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Elsewhere))
 
 
+def learning(model: Transformer) -> list[str]:
+    """Names of the parameters that learn, those that other ranks have among them."""
+    there = [name for name in whole_state(model) if name.startswith(away)] if (away := absent(model)) else []
+    return [name for name, p in model.named_parameters() if p.requires_grad] + there
+
+
 def whole_state(model: Transformer) -> dict[str, Tensor]:
     """The state of all blocks, on "meta" that of those that other ranks have."""
     with torch.device("meta"):

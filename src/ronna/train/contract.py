@@ -251,7 +251,10 @@ def sketch(x: Tensor) -> Tensor:
 class FirstStep:
     """A hook for the first optimizer step: every trainable tensor must have got a gradient and have moved."""
 
-    def __init__(self, model: Transformer, lr: Callable[[], float], gradient_norm: Callable[[Parameter], float | None]):
+    def __init__(
+        self, model: Transformer, lr: Callable[[str], float], gradient_norm: Callable[[Parameter], float | None]
+    ):
+        """lr: of the first step, by a parameter's name."""
         self.model, self.lr, self.gradient_norm = model, lr, gradient_norm
         self.before = self.fingerprints()
         self.done = False
@@ -268,7 +271,7 @@ class FirstStep:
         norms = {n: self.gradient_norm(parameters[n]) for n in self.before}
         no_gradient = [n for n, norm in norms.items() if norm is None]
         finite = (n for n, norm in norms.items() if norm and math.isfinite(norm))
-        visible = {n for n in finite if self.shows(local(parameters[n]))}
+        visible = {n for n in finite if self.shows(self.lr(n), local(parameters[n]))}
         still = [n for n in visible if after[n] == self.before[n]]
         refuse_failed(
             [
@@ -277,11 +280,12 @@ class FirstStep:
             ]
         )
 
-    def shows(self, p: Tensor) -> bool:
+    @staticmethod
+    def shows(lr: float, p: Tensor) -> bool:
         """A step far below the spacing of floating-point numbers around a weight cannot move it, and moves one in many
         of a tensor whose weights are rounded by chance."""
         spacing = torch.finfo(p.dtype).eps * rms(p)
-        return self.lr() > 8 * spacing or (p.dtype == torch.bfloat16 and self.lr() * p.numel() > 100 * spacing)
+        return lr > 8 * spacing or (p.dtype == torch.bfloat16 and lr * p.numel() > 100 * spacing)
 
 
 def bits(p: Tensor) -> int:

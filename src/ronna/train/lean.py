@@ -13,16 +13,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ronna.base.config import Config
 from ronna.base.device import seed_for
 from ronna.model.fourbit import import_bitsandbytes
+from ronna.train.rates import Rated
 
 Betas = tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]]
 BLOCK = 256  # numbers that share a scale
 SMALL = 4096  # tensors of fewer numbers save nothing worth their rounding
 
 
-class AdamW8bit(Config):
+class AdamW8bit(Rated):
     """AdamW with both moments in eight bits, each block of 256 scaled to its largest (Dettmers et al. 2022)."""
 
     kind: Literal["adamw8bit"] = "adamw8bit"
@@ -32,7 +32,7 @@ class AdamW8bit(Config):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
 
 
-class Apollo(Config):
+class Apollo(Rated):
     """A gradient scaled as AdamW would scale it, judged by a random projection of it (Zhu et al. 2024).
 
     For the matrices inside the blocks: moments are kept of r x C numbers instead of R x C. The scale makes up for the

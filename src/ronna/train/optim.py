@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ronna.base.config import Config
 from ronna.base.errors import RonnaError
 from ronna.model.boxes import local, whole
 from ronna.parallel.world import ENDS
 from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
 from ronna.train.muon import MuonOptimizer
+from ronna.train.rates import Rated, by_factor
 
 Decay = Annotated[float, Field(ge=0.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -32,7 +32,7 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 _STATELESS = "stateless"
 
 
-class AdamW(Config):
+class AdamW(Rated):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019); fused into one kernel where torch can."""
 
     kind: Literal["adamw"] = "adamw"
@@ -42,7 +42,7 @@ class AdamW(Config):
     weight_decay: Decay = 0.1
 
 
-class Adam(Config):
+class Adam(Rated):
     """Adam without weight decay (Kingma & Ba 2015)."""
 
     kind: Literal["adam"] = "adam"
@@ -51,7 +51,7 @@ class Adam(Config):
     eps: PositiveFloat = 1e-8
 
 
-class SGD(Config):
+class SGD(Rated):
     """Stochastic gradient descent with momentum; its weight decay is added to the gradient, as torch does."""
 
     kind: Literal["sgd"] = "sgd"
@@ -67,7 +67,7 @@ class SGD(Config):
         return self
 
 
-class Adafactor(Config):
+class Adafactor(Rated):
     """Second moments of a matrix from its rows and columns (Shazeer & Stern 2018): state R + C, not R x C.
 
     Each step is relative to the size of the weights, as in the paper: `lr` is the largest relative step, cut
@@ -81,7 +81,7 @@ class Adafactor(Config):
     weight_decay: Decay = 0.0
 
 
-class Muon(Config):
+class Muon(Rated):
     """Orthogonalised momentum for the matrices inside the blocks (Jordan et al. 2024), AdamW for the rest.
 
     Updates are scaled to AdamW's root mean square (Liu et al. 2025, arXiv:2502.16982), so rates and decays
@@ -96,6 +96,12 @@ class Muon(Config):
     weight_decay: Decay = 0.1
     adamw: AdamW = AdamW()
 
+    @model_validator(mode="after")
+    def _rates_in_one_place(self) -> Self:
+        if self.adamw.rates:
+            raise ValueError("rates of parts stand beside adamw, and are for both")
+        return self
+
 
 WIDENED = 2**20  # numbers of a gradient that are widened at a time
 OptimizerConfig = Annotated[AdamW | Adam | SGD | Adafactor | Muon | AdamW8bit | Apollo, Field(discriminator="kind")]
@@ -108,13 +114,14 @@ def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) 
     appears under several names (tied embeddings) is taken once. Each group keeps its configured rate as
     "initial_lr", for `ronna.train.schedule.set_lr`. Raises RonnaError when there is nothing to train.
     """
-    return _build(config, _trainable(config, named_parameters))
+    trainable = _trainable(config, named_parameters)
+    return [o for factor, some in by_factor(config, trainable) for o in _build(config, some, factor)]
 
 
 def build_apart(config: OptimizerConfig, named_parameters: NamedParameters) -> dict[Parameter, list[Optimizer]]:
     """The same, but optimizers of its own for each parameter."""
     trainable = _trainable(config, named_parameters)
-    return {p: _build(config, {p: name}) for p, name in trainable.items()}
+    return {p: _build(config, {p: name}, config.factor(name)) for p, name in trainable.items()}
 
 
 def _trainable(config: OptimizerConfig, named_parameters: NamedParameters) -> dict[Parameter, str]:
@@ -126,8 +133,9 @@ def _trainable(config: OptimizerConfig, named_parameters: NamedParameters) -> di
     return trainable
 
 
-def _build(config: OptimizerConfig, trainable: dict[Parameter, str]) -> list[Optimizer]:
-    """One for the parameters that the kind is made for, where there are any, and AdamW for the rest."""
+def _build(config: OptimizerConfig, trainable: dict[Parameter, str], factor: float) -> list[Optimizer]:
+    """One for the parameters that the kind is made for, where there are any, and AdamW for the rest. factor: of the
+    rate."""
     if isinstance(config, Muon | Apollo):
         own = [p for p, name in trainable.items() if p.ndim == 2 and _inside_block(name)]
     elif isinstance(config, AdamW8bit):
@@ -143,7 +151,7 @@ def _build(config: OptimizerConfig, trainable: dict[Parameter, str]) -> list[Opt
         optimizers += [_build_one(rest, some) for some in by_mesh(others)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"] = group["lr"] * factor
     return optimizers
 
 

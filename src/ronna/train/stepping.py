@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ronna.model.transformer import Transformer
-from ronna.parallel.pipeline import stages_of
+from ronna.parallel.pipeline import learning, stages_of
 from ronna.train.loop import TrainConfig
 from ronna.train.optim import OptimizerConfig, build_optimizer
 from ronna.train.portions import Portions
@@ -45,6 +45,8 @@ def stepping(
 ) -> Stepping:
     """used: token ids in the data, None if not counted. shelf: where a CPU run has what is offloaded."""
     parameters, clip = list(model.parameters()), config.clip or math.inf
+    if optim.rates:
+        optim.refuse_unknown(learning(model))
     elsewhere = away(shelf) if "activations" in config.offload else None
     if not is_lean(optim, config):
         rows = EmbeddingRows(model, used)
