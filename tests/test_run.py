@@ -86,3 +86,18 @@ def test_a_base_is_read_in_the_precision_it_will_be_frozen_in(tiny_bert, tmp_pat
     assert maps(run(tiny_bert, tmp_path / "b", **asked, train={"precision": "fp32"})) == {torch.float32}
     assert torch.float32 in maps(run(tiny_bert, tmp_path / "c", peft={"kind": "lora", "dora": True}))
     assert maps(run(tiny_bert, tmp_path / "d", train={"weights": "bf16"})) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("lean", [False, True], ids=["together", "apart"])
+def test_a_part_may_stand_all_but_still(lean, tiny_bert, tmp_path):
+    """A rate of its own is no fault of the first step, and is not the whole model's."""
+    optim = {"kind": "adamw", "lr": 1e-2, "rates": {"_norm": 1e-9}}
+    training = run(
+        tiny_bert, tmp_path / "run", optim=optim, train={"fused_backward": lean, "clip": 0.0 if lean else 1.0}
+    )
+    model = training.parts.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training.train()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    still = {name for name, far in moved.items() if far < 1e-6}
+    assert still == {name for name in moved if "_norm" in name} and still
