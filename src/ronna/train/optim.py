@@ -108,7 +108,8 @@ OptimizerConfig = Annotated[AdamW | Adam | SGD | Adafactor | Muon | AdamW8bit | 
 
 
 def build_optimizer(config: OptimizerConfig, named_parameters: NamedParameters) -> list[Optimizer]:
-    """The optimizers of a model's trainable parameters: two where a kind is not for all of them, else one.
+    """The optimizers of a model's trainable parameters: two where a kind is not for all of them, else one, and so
+    many for each of the `rates`.
 
     Weight decay falls on matrices (two dimensions or more) only, never on norms and biases. A parameter that
     appears under several names (tied embeddings) is taken once. Each group keeps its configured rate as
