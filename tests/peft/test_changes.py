@@ -66,8 +66,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(method, preset_n
             adapt(model, METHODS[method])
         return
     adapt(model, METHODS[method], seed=1)
-    atol = 1e-6
-    torch.testing.assert_close(output(model), before, atol=atol, rtol=0)
+    torch.testing.assert_close(output(model), before, atol=1e-6, rtol=0)
     assert set(model.state_dict()) >= names  # the base's names are as they were
     stir(model)
     assert (output(model) - before).abs().max() > 0.01
