@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ronna.cli import main
+from ronna.cli import VERBS, main
 
 
 @pytest.fixture(scope="module")
@@ -381,3 +381,12 @@ def test_a_flipped_bit_in_the_shards_is_found_before_training(tiny_gpt, reviews,
     call = ["pretrain", "--data", f"{out}/train", "--out", str(tmp_path / "r"), "--steps", "2", "--length", "32"]
     assert main([*call, "--model", str(tiny_gpt), "--objective", "clm", "--batch", "2"]) == 2
     assert "tokens-00000.bin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [verb for verb, found in VERBS.items() if found.flags[0].name.startswith("-")])
+def test_what_a_verb_cannot_do_without_has_a_flag(verb, capsys):
+    assert main(verb.split()) == 2
+    said = capsys.readouterr().err
+    assert "missing" in said
+    assert "give --" in said
+    assert "add " not in said

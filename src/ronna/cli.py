@@ -225,7 +225,10 @@ def settings(verb: Verb, arguments: argparse.Namespace) -> Any:
     tree = apply_sets(tree, sets + arguments.set)
     module, _, name = verb.config.rpartition(":")
     config = getattr(importlib.import_module(module or "ronna.runfile"), name)
-    return build(config, tree, where=file or "the command line")
+    if file:
+        return build(config, tree, where=file)
+    ways = {flag.key: f"give {flag.name} ({flag.help})" for flag in verb.flags}
+    return build(config, tree, "the command line", ways)
 
 
 def unknown(verb: str, argument: str) -> RonnaError:

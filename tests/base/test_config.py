@@ -118,6 +118,27 @@ def test_all_mistakes_at_once():
     assert "objective.rate: found 2; it should be less than 1" in text
 
 
+class Whole(Config):
+    run: Run
+    objective: Objective
+    name: str
+    files: tuple[str, ...]
+
+
+def test_of_a_missing_table_the_keys_that_have_no_default_are_named():
+    with pytest.raises(RonnaError) as caught:
+        build(Whole, {}, "whole.toml", {"files": "give --files (texts)"})
+    for line in (
+        "run.train.steps: missing; add run.train.steps = <int>",
+        'objective.kind: missing; add objective.kind = "clm" or "mlm"',
+        'name: missing; add name = "..."',
+        "files: missing; give --files (texts)",
+    ):
+        assert f"\n    {line}\n" in str(caught.value)
+    with pytest.raises(RonnaError, match=r'add files = \["\.\.\."\]'):
+        build(Whole, {"run": {"train": {"steps": 1}}, "objective": {"kind": "clm"}, "name": "a"}, "whole.toml")
+
+
 def test_frozen_and_none_by_default():
     config = Train(steps=1)
     with pytest.raises(ValueError, match="frozen"):

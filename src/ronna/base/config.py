@@ -31,6 +31,8 @@ _TOML_NAMES = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "a table"),
 }
 
+_PLACES = {str: '"..."', tuple: '["..."]'}
+
 
 def one_or_more(value: Any) -> Any:
     """For a BeforeValidator of names: one of them is a list of one."""
@@ -145,15 +147,16 @@ def config_hash(config: BaseModel) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def build(model: type[C], tree: Tree, where: str) -> C:
-    """`tree` as a `model`; `where` names the file in the RonnaError that lists every mistake at once."""
+def build(model: type[C], tree: Tree, where: str, ways: Mapping[str, str] | None = None) -> C:
+    """`tree` as a `model`; `where` names the file in the RonnaError that lists every mistake at once. ways: how else
+    than in a file a key is given, by key."""
     # Strict, or `steps = true` would quietly train one step; as JSON, or strict would refuse a list
     # for a tuple and a string for a path.
     text = json.dumps(_with_defaults(model, tree), default=str)
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        mistakes = _merge(_mistake(model, dict(e)) for e in error.errors(include_url=False))
+        mistakes = _merge(m for e in error.errors(include_url=False) for m in _mistakes(model, dict(e), ways or {}))
     lines = [": ".join(filter(None, (m.key, m.what))) for m in mistakes]
     if len(mistakes) == 1:
         raise RonnaError(lines[0], where=where, fix=mistakes[0].fix or None)
@@ -196,6 +199,26 @@ def _merge(mistakes: Iterator[_Mistake]) -> list[_Mistake]:
     ]
 
 
+def _mistakes(model: type[BaseModel], error: dict[str, Any], ways: Mapping[str, str]) -> Iterator[_Mistake]:
+    if error["type"] != "missing":
+        yield _mistake(model, error)
+        return
+    for key, annotation in _lacking(*_locate(model, error["loc"])):
+        yield _Mistake(key, "missing", ways.get(key) or f"add {key} = {_expected(annotation)}")
+
+
+def _lacking(key: str, annotation: Any) -> Iterator[tuple[str, Any]]:
+    """What is to be written for a key that is not there: of a table each key that has no default."""
+    if tags := _tags(annotation):
+        yield _dot(key, "kind"), Literal[tuple(tags)]
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            if field.is_required():
+                yield from _lacking(_dot(key, name), field.annotation)
+    else:
+        yield key, annotation
+
+
 def _mistake(model: type[BaseModel], error: dict[str, Any]) -> _Mistake:
     key, here = _locate(model, error["loc"])
     found = f"found {_show(error['input'])}"
@@ -212,8 +235,6 @@ def _mistake(model: type[BaseModel], error: dict[str, Any]) -> _Mistake:
             return _Mistake(_dot(key, "kind"), f'unknown kind "{tag}"', _nearest(tag, tags))
         case "union_tag_not_found":
             return _Mistake(_dot(key, "kind"), "missing", _nearest("", _tags(here)))
-        case "missing":
-            return _Mistake(key, "missing", f"add {key} = {_expected(here)}")
         case "literal_error":
             allowed = [value for member in _members(here) for value in get_args(member)]
             return _Mistake(key, found, _nearest(error["input"], allowed))
@@ -288,8 +309,8 @@ def _nearest(value: Any, allowed: Sequence[Any]) -> str:
 def _expected(annotation: Any) -> str:
     (first, *_) = _members(annotation)
     if get_origin(first) is Literal:
-        return _show(get_args(first)[0])
-    return f"<{getattr(first, '__name__', 'value')}>"
+        return " or ".join(_show(choice) for choice in get_args(first))
+    return _PLACES.get(get_origin(first) or first, f"<{getattr(first, '__name__', 'value')}>")
 
 
 def _show(value: Any) -> str:
