@@ -6,7 +6,8 @@
 The planner is asked with `--largest --probe`, its run file is trained for some steps in a control group that may hold
 no more, and so are models of the same family, larger by 5%, with the same settings. With --task classify encoders are
 fine-tuned, new weights on texts that are all as long as may be. With --bisect the largest of the
-family that trains three steps there is found by real runs alone. Needs Linux and the right to make a control group.
+family that trains there is found by real runs of three steps, between the largest that is known to train and the
+smallest that is known not to. Needs Linux and the right to make a control group.
 Prints a JSON line a run.
 """
 
@@ -149,21 +150,31 @@ def main() -> None:
                           "tried": answer["tried"]}), flush=True)  # fmt: skip
         kind: type[AnyRun] = FinetuneRun if tuning else PretrainRun
         run: AnyRun = build(kind, read_toml(f"{folder}/plan.toml"), where="plan.toml")
-        print(json.dumps({"run": answer["parameters"]} | trained(run, folder, group, a.steps)), flush=True)
         sizes = ladder(asked, published(asked, a.model)[1])
+        planned = next(i for i, (settings, _) in enumerate(sizes) if settings == run.model.settings)
+        known: dict[int, bool] = {}  # whether a size trains
 
-        def at(i: int, steps: int) -> dict[str, Any]:
+        def at(i: int, steps: int) -> None:
             model = run.model.model_copy(update={"settings": sizes[i][0]})
             train = run.train.model_copy(update={"recompute": as_many_kept(run, sizes[i][0])})
             found = trained(run.model_copy(update={"model": model, "train": train}), folder, group, steps)
             print(json.dumps({"run": sizes[i][1].params(), "settings": sizes[i][0]} | found), flush=True)
-            return found
+            known[i] = found["code"] == 0
 
-        at(next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= 1.05 * answer["parameters"]), a.steps)
+        def trains(i: int) -> bool:
+            if i not in known:
+                at(i, 3)
+            return known[i]
+
+        def larger(share: float) -> int:
+            return next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= share * sizes[planned][1].params())
+
+        at(planned, a.steps)
+        at(larger(1.05), a.steps)
         if a.bisect:
-            low = next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= 0.9 * answer["parameters"])
-            high = next(i for i, (_, cfg) in enumerate(sizes) if cfg.params() >= 1.12 * answer["parameters"])
-            most = largest(high - low, lambda i: at(low + i, 3)["code"] == 0)
+            low = planned if known[planned] else larger(0.9)
+            high = larger(1.2) if known[larger(1.05)] else larger(1.05)
+            most = largest(high + 1 - low, lambda i: trains(low + i))
             print(json.dumps({"bisection": None if most is None else sizes[low + most][1].params()}))
 
 

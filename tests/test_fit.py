@@ -184,6 +184,16 @@ def test_memory_enough_changes_nothing(shards, tmp_path, empty):
     assert plan_of(run).run == run
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="holes are given back under Linux")
+def test_above_its_limit_a_run_gives_back_what_is_free(shards, tmp_path):
+    heap = prepare_run(settings("clm", shards, tmp_path / "run", memory="1GiB")).heap
+    assert heap is not None
+    assert heap.limit == int(fitting.SHARE * 2**30)
+    training = prepare_run(settings("clm", shards, tmp_path / "free"))
+    assert training.heap is not None and training.fit is not None
+    assert training.heap.limit == int(fitting.SHARE * training.fit.limit) > heap.limit
+
+
 def test_nothing_fits(shards, tmp_path, empty):
     with pytest.raises(RonnaError, match=r"nothing fits.*lacks"):
         execute(settings("mlm", shards, tmp_path / "run", memory="100KiB"))

@@ -76,6 +76,12 @@ class Fit:
         return self.before + self.peak
 
     @property
+    def most(self) -> int:
+        """Bytes above which the process may not come."""
+        memory = self.run.train.memory
+        return int(SHARE * (self.limit if memory is None else min(self.limit, parse_bytes(memory))))
+
+    @property
     def tokens(self) -> int:
         """Of the heaviest micro-batch."""
         step = self.work.at(self.work.step, micro_of(self.run))

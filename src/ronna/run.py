@@ -321,7 +321,8 @@ def prepare_run(
         data = replace(data, task=data.task.reading(min(type(data.task).batch_tokens, tokens)))
     # Blocks that are put together for a moment leave holes in a heap that keeps what is freed: half as much again.
     tight = world.size > 1 or (fit is not None and fit.tight)
-    heap = Heap(tight, None if fit is None else int(NEAR * fit.planned)) if device.type == "cpu" else None
+    within = () if fit is None else (int(NEAR * fit.planned), fit.most)
+    heap = Heap(tight, *within) if device.type == "cpu" else None
     parts = assemble(run, data, world, device, dtype)
     parts.model.compute = dtype
     parts.model.to(device)

@@ -101,6 +101,15 @@ assert 1.09 * before < heap.most < 1.11 * before
 heap.most = 1
 heap(SELDOM)
 assert given_back(before), "it is not tried again"
+before = freed()
+heap.most, heap.limit = 1, before + 2**20
+heap(SELDOM + 1)
+assert not given_back(before), "there is room still"
+assert heap.most == heap.limit, "it will pass the limit"
+heap.limit = before - 2**20
+heap.most = 1
+heap(SELDOM + 2)
+assert given_back(before), "the limit is passed, and nothing goes back"
 print("ok")
 """
 TIGHT = """

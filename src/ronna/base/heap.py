@@ -32,12 +32,13 @@ class Heap:
     and mapped anew.
 
     Call it after each step: what the heap has grown by is then laid in large pages too, and where the process holds
-    more than `most` bytes, what is free goes back to the system. Twenty microseconds if there is nothing to do.
+    more than `most` bytes, what is free goes back to the system; seldom, unless it holds more than `limit`. Twenty
+    microseconds if there is nothing to do.
     """
 
-    def __init__(self, tight: bool = False, most: int | None = None) -> None:
+    def __init__(self, tight: bool = False, most: int | None = None, limit: int | None = None) -> None:
         """Does nothing where there is no glibc or the kernel has no such pages."""
-        self.most, self.given = most, -SELDOM
+        self.most, self.limit, self.given = most, limit, -SELDOM
         self.libc = glibc()
         if self.libc is None:
             return
@@ -61,8 +62,9 @@ class Heap:
         if self.libc is None:
             return
         if self.most is not None and (held := resident_bytes()) > self.most:
-            if step - self.given < SELDOM:  # it did not help for long: the steps need so much
-                self.most = int(AGAIN * held)
+            over = self.limit is not None and held > self.limit
+            if step - self.given < SELDOM and not over:  # it did not help for long: the steps need so much
+                self.most = int(AGAIN * held) if self.limit is None else min(int(AGAIN * held), self.limit)
             else:
                 self.libc.malloc_trim(0)
                 self.given = step
