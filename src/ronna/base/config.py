@@ -30,7 +30,7 @@ _TOML_NAMES = {
     "tuple_type": "a list, [..., ...]",
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "a table"),
 }
-
+# What stands for a value that nobody has given yet.
 _PLACES = {str: '"..."', tuple: '["..."]'}
 
 
