@@ -334,3 +334,29 @@ def test_what_ends_for_want_of_memory_is_planned_leaner(monkeypatch: pytest.Monk
     answer = ask(model="llama-60m", memory="1500MiB", hardware="cpu", probe=True, batch=8, length=256)
     assert asked[0] > asked[1] > asked[2]
     assert answer["tried"]["grown"] == asked[2]
+
+
+def test_the_largest_lies_between_what_fits_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the formulas were too low for every second width and too high for the others."""
+    took: list[tuple[int, int]] = []
+
+    def trial(model: Any, step: Any) -> Taken:
+        shape = model.shape()[1]
+        odd = model.settings["hidden_size"] // 64 % 2
+        took.append((shape.params(), int((1.15 if odd else 0.92) * estimate(shape, step).peak)))
+        return Taken(took[-1][1], 1.0)
+
+    monkeypatch.setattr(trials, "trial", trial)
+    monkeypatch.setattr(asking, "measured_here", lambda kind: cpu(2, ["avx2"], 2**40))
+    between = 0
+    for mebibytes in (900, 1200, 1500):
+        took.clear()
+        answer = ask(model="llama-60m", memory=f"{mebibytes}MiB", hardware="cpu", probe=True, batch=4, length=128,
+                     largest=True)  # fmt: skip
+        room = int(0.98 * mebibytes * 2**20) - PROCESS
+        fitting = [size for size, grown in took if grown <= room]
+        assert len(dict(took)) == len(took), "a size was tried twice"
+        assert all(size < least for i, (size, _) in enumerate(took) for least, grown in took[:i] if grown > room)
+        assert answer["parameters"] == max(fitting)
+        between += any(size < least for i, (size, grown) in enumerate(took) if grown <= room for least, _ in took[:i])
+    assert between, "none of these was tried below one that does not fit"

@@ -4,6 +4,7 @@ Closed forms, from the model's shape alone: no torch and no data, unless it is a
 measures.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,16 +161,19 @@ def answered(subject: Subject, title: str, found: Asked, correction: float = 1.0
 
 
 def tried(subject: Subject, answer: Answer) -> Answer:
-    """The same question answered by real steps of the plan: what they take by its estimate corrects all others."""
+    """The same question answered by real steps of the plan: what they take by its estimate corrects all others. Of the
+    largest model the next try lies between those that have been seen to fit and those that have not."""
     from ronna.trial import Subject as Model
     from ronna.trial import trial
 
     question = subject.question
     found: Answer | None = None  # the largest that has been seen to fit
+    below = math.inf  # parameters of the smallest that has not
+    correction = 1.0
     for _ in range(TRIALS):
         best = answer.chosen
         if best is None:
-            return answer
+            return found or answer
         pretraining = question.peft is None and answer.asked.task in ("mlm", "clm", "denoise")
         vocab = {} if question.vocab is None else {"vocab_size": question.vocab}
         model = Model(question.model, answer.settings | vocab, answer.asked.task, pretraining)
@@ -177,19 +181,24 @@ def tried(subject: Subject, answer: Answer) -> Answer:
         grown = int(CAREFUL * max(best.peak, answer.room)) if taken is None else taken.grown
         say(f"tried {best.name}: {gib(grown + subject.device.taken)}" + ("" if taken else " or more"))
         answer = replace(answer, taken=taken)
-        if taken is not None and grown <= answer.room:
-            smaller = found is not None and answer.work.model.params() <= found.work.model.params()
-            found = found if found is not None and smaller else answer
-            if not question.largest or smaller or grown >= answer.room * (1 - CLOSE):
+        fits = taken is not None and grown <= answer.room
+        if fits:
+            found = answer
+            if not question.largest or grown >= answer.room * (1 - CLOSE):
                 return found
-        correction = grown / best.memory.peak
-        answer = again(subject, answer, correction)
-    return answer if found is None else found
+        else:
+            below = min(below, answer.asked.cfg.params())
+        if fits or found is None:
+            correction = grown / best.memory.peak
+        answer = again(subject, answer, correction, below)
+        if found is not None and answer.asked.cfg.params() <= found.asked.cfg.params():
+            return found
+    return found or answer
 
 
-def again(subject: Subject, answer: Answer, correction: float) -> Answer:
+def again(subject: Subject, answer: Answer, correction: float, below: float) -> Answer:
     if subject.question.largest and subject.question.hours is None:
-        return of_largest(replace(subject, settings={}), correction)
+        return of_largest(replace(subject, settings={}), correction, below)
     return answered(replace(subject, settings=answer.settings), answer.title, answer.asked, correction)
 
 
@@ -224,14 +233,16 @@ def refuse_alone(question: PlanRun) -> None:
             raise RonnaError(f"{what} does not work on several devices yet", where=where, fix="ask for one device")
 
 
-def of_largest(subject: Subject, correction: float = 1.0) -> Answer:
-    """The largest of the family's sizes that fits in some way or, with `hours`, the one that becomes best in them."""
+def of_largest(subject: Subject, correction: float = 1.0, below: float = math.inf) -> Answer:
+    """The largest of the family's sizes, `below` so many parameters, that fits in some way or, with `hours`, the one
+    that becomes best in them."""
     question = subject.question
     if question.model not in PRESETS:
         fix = "name a preset of the family, such as llama-130m"
         raise RonnaError("the largest of which family?", where=f"model {question.model}", fix=fix)
     family, base = published(question, question.model)
-    sizes = ladder(question, base)
+    every = ladder(question, base)
+    sizes = [size for size in every if size[1].params() < below]
 
     def ask(i: int) -> Asked:
         return asked(question, family, sizes[i][1], subject.device.kind, subject.compute, subject.devices)
@@ -242,7 +253,7 @@ def of_largest(subject: Subject, correction: float = 1.0) -> Answer:
     room = int(subject.room / correction)
     most = largest(len(sizes), fits)
     if most is None:
-        what = f"not even the smallest of the family, {sizes[0][1].params():,} parameters, fits"
+        what = f"not even the smallest of the family, {every[0][1].params():,} parameters, fits"
         raise RonnaError(what, where=f"memory {gib(subject.device.memory)}", fix="give more, or a smaller --batch")
     if question.hours is not None:
         some = sorted({round(most * i / SIZES) for i in range(SIZES + 1)})
