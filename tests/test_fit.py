@@ -185,7 +185,7 @@ def test_memory_enough_changes_nothing(shards, tmp_path, empty):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="holes are given back under Linux")
-def test_above_its_limit_a_run_gives_back_what_is_free(shards, tmp_path):
+def test_above_its_limit_a_run_gives_back_what_is_free(shards, tmp_path, empty):
     heap = prepare_run(settings("clm", shards, tmp_path / "run", memory="1GiB")).heap
     assert heap is not None
     assert heap.limit == int(fitting.SHARE * 2**30)
