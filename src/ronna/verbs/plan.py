@@ -168,7 +168,7 @@ def tried(subject: Subject, answer: Answer) -> Answer:
 
     question = subject.question
     found: Answer | None = None  # the largest that has been seen to fit
-    below = math.inf  # parameters of the smallest that has not
+    below: float = math.inf  # parameters of the smallest that has not
     correction = 1.0
     for _ in range(TRIALS):
         best = answer.chosen
@@ -187,7 +187,7 @@ def tried(subject: Subject, answer: Answer) -> Answer:
             if not question.largest or grown >= answer.room * (1 - CLOSE):
                 return found
         else:
-            below = min(below, answer.asked.cfg.params())
+            below = answer.asked.cfg.params()
         if fits or found is None:
             correction = grown / best.memory.peak
         answer = again(subject, answer, correction, below)
