@@ -338,6 +338,8 @@ def test_pretrain_refuses_what_cannot_work(tiny_bert, tiny_gpt, reviews, tmp_pat
     absent = ["pretrain", "--model", "x", "--objective", "clm", "--data", "nowhere", "--out", "o"]
     assert main([*absent, "--memory", "lots"]) == 2  # before anything is looked for
     assert "memory 'lots'" in capsys.readouterr().err
+    assert main([*absent, "--memory", "-3GiB"]) == 2
+    assert "memory '-3GiB'" in capsys.readouterr().err
     assert main([*call, "--model", str(tiny_gpt), "--objective", "clm", "--batch", "2"]) == 0
 
 

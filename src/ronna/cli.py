@@ -5,6 +5,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -253,9 +254,19 @@ def launched(arguments: argparse.Namespace, config: Any, argv: Sequence[str] | N
     return int(importlib.import_module("ronna.launch").launch(ranks, command, arguments.restarts))
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+    """`--memory -3GiB` -> `--memory=-3GiB`, which is refused as a value: argparse takes it for a flag."""
+    found: list[str] = []
+    for word in argv:
+        if found and found[-1].startswith("--") and re.match(r"-\.?\d", word):
+            word = f"{found.pop()}={word}"
+        found.append(word)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user can mend it, 1 our fault, 143 stopped as asked."""
-    arguments, rest = parser().parse_known_args(argv)
+    arguments, rest = parser().parse_known_args(joined(sys.argv[1:] if argv is None else argv))
     verb = VERBS[arguments.verb_name]
     try:
         if rest:
