@@ -39,6 +39,7 @@ from ronna.train.optim import SGD, OptimizerConfig
 
 AnyRun = PretrainRun | FinetuneRun
 LOOKED_AT = 8  # batches of rows
+SHARED = {"lr", "rates", "betas", "eps", "weight_decay"}  # fields of every optimizer that a plan puts in AdamW's place
 
 
 def work_of(
@@ -273,8 +274,9 @@ def with_plan(run: AnyRun, plan: Plan, work: Work) -> AnyRun:
     if not step.clip:
         train["clip"] = 0.0
     if step.optimizer != asked.optimizer:
-        kept = {key: value for key, value in tree["optim"].items() if key in ("lr", "betas", "eps", "weight_decay")}
-        tree["optim"] = {**kept, "kind": step.optimizer.kind}
+        kept = {key: value for key, value in tree["optim"].items() if key in SHARED}
+        # Adam has no decay, where the others have one unless they are told.
+        tree["optim"] = {"weight_decay": 0.0, **kept, "kind": step.optimizer.kind}
         if step.optimizer.rank is not None:
             tree["optim"] |= {"rank": step.optimizer.rank, "scope": "tensor"}
     return type(run).model_validate(tree)

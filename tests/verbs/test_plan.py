@@ -16,6 +16,7 @@ from ronna.asked import RANKS, PlanRun, adapter_for
 from ronna.base.config import build, read_toml
 from ronna.base.errors import RonnaError
 from ronna.cli import main
+from ronna.model.families import preset
 from ronna.peft import houlsby
 from ronna.peft.adalora import AdaLoraConfig
 from ronna.peft.houlsby import HoulsbyConfig
@@ -24,7 +25,8 @@ from ronna.peft.prefix import PrefixConfig
 from ronna.peft.prompt import PromptConfig
 from ronna.plan.hardware import PROCESS, cpu, parse_bytes
 from ronna.plan.memory import estimate
-from ronna.planned import adapter_of, peft_of
+from ronna.plan.search import search
+from ronna.planned import adapter_of, expected, peft_of, with_plan, work_of
 from ronna.runfile import FinetuneRun, PretrainRun
 from ronna.text.tokenizer import load_tokenizer
 from ronna.trial import Taken
@@ -225,6 +227,21 @@ def test_it_writes_runs_that_can_be_read(tmp_path: Path) -> None:
     assert run.train.micro_batch is not None or run.train.recompute.feeds or run.train.recompute.blocks
     again = ask(model=str(path), memory="1200MiB", hardware="cpu")
     assert again["plans"][0]["name"] == "as asked for"
+
+
+@pytest.mark.parametrize("decay", [None, 0.3])
+def test_another_optimizer_has_the_rates_and_decay_of_the_one_in_its_place(decay: float | None) -> None:
+    own: dict[str, Any] = {"lr": 2e-4, "rates": {"norm": 0.5}, "betas": [0.8, 0.9], "eps": 1e-6}
+    own |= {"kind": "adam"} if decay is None else {"kind": "adamw", "weight_decay": decay}
+    tree = {"out": "o", "model": {"name": "llama-60m"}, "data": {"train": "d"}, "objective": {"kind": "clm"}}
+    run = build(PretrainRun, tree | {"optim": own}, where="here")
+    family, cfg = preset("llama-60m")
+    work = work_of(run, *expected(run, family, cfg), kind="cpu", compute="fp32")
+    plans = [p for p in search(work, 2**40, lambda step: 1.0) if p.step.optimizer != work.step.optimizer]
+    found = [with_plan(run, plan, work).optim for plan in plans]
+    assert {optim.kind for optim in found} >= {"apollo"}
+    kept = {key: own.get(key, 0.0) for key in ("lr", "rates", "betas", "eps", "weight_decay")}
+    assert all(optim.model_dump(mode="json", include=set(kept)) == kept for optim in found)
 
 
 def test_the_largest_is_written_with_its_shape(tmp_path: Path) -> None:
