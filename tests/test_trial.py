@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from ronna.model.families import preset
 from ronna.plan.shapes import Adapter, Lengths
 from ronna.plan.stretches import Step
 from ronna.tasks.table import TASKS
+from ronna.train.shelf import Shelf
 from ronna.trial import TINY, Subject, run, warm_up, warmed
 
 FEW = Lengths(2, 16)
@@ -43,6 +45,24 @@ def test_every_architecture(model: str, task: str, source: Lengths | None) -> No
 
 def test_an_adapter() -> None:
     assert tried("bert-tiny", "tag", adapter=Adapter(2)) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="offloading to disk needs Linux")
+@pytest.mark.parametrize("writable", [True, False])
+def test_states_wait_where_a_run_would_have_them(
+    writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, temporary, used = tmp_path / "here", tmp_path / "temporary", []
+    for folder in (here, temporary):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(os, "access", lambda *_: writable)
+    put = Shelf.put
+    monkeypatch.setattr(Shelf, "put", lambda self, x: used.append(self.folder) or put(self, x))
+    assert tried("bert-tiny", "classify", offload=("optimizer",)) > 0
+    assert set(used) == {here if writable else temporary}
+    assert not list(here.iterdir()) and not list(temporary.iterdir())
 
 
 def test_a_warm_up_is_once_and_draws_no_numbers() -> None:

@@ -5,6 +5,7 @@ python -m ronna.trial '{...}'     # prints what it took as a line of JSON; `tria
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,9 @@ def run(subject: Subject, step: Step, heap: Callable[[int], Any], steps: int) ->
         fused_backward=step.fused_backward, clip=1.0 if step.clip else 0.0, offload=step.offload,
         evaluate_every=steps, save_every=steps,
     )  # fmt: skip
-    shelf = Shelf(Path(tempfile.mkdtemp())) if step.offload else None
+    # Where a run would have its folder: what is called temporary may lie in memory.
+    here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
+    shelf = Shelf(here) if step.offload else None
     ways = stepping(model, optim_of(step.optimizer), config, None, shelf)
     objective, began = objective_of(subject, step), [0.0]
 
