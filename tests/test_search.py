@@ -232,23 +232,36 @@ def test_a_used_folder_other_settings_and_other_data_are_refused(run_of, reviews
         finetune(run_of(tmp_path / "b"), resume=True)
 
 
-def test_a_failed_trial_is_passed_over(run_of, tmp_path, monkeypatch):
-    """The first diverges, the second finds no memory; the third is what there is."""
+@pytest.mark.parametrize("lacking", [torch.OutOfMemoryError(), RuntimeError("[enforce] can't allocate memory"), None])
+def test_a_failed_trial_is_passed_over(lacking, run_of, tmp_path, monkeypatch):
+    """The first diverges, the second finds no memory, or is planned to find none; the third is what there is."""
     prepare = module.prepare_run
 
     def prepared(run: FinetuneRun, **more: Any) -> Training:
         if Path(run.out).name == "trial-1":
             run = run.model_copy(update={"optim": run.optim.model_copy(update={"lr": 1e30})})
         if Path(run.out).name == "trial-2":
-            raise torch.OutOfMemoryError
+            if lacking is not None:
+                raise lacking
+            run = run.model_copy(update={"train": run.train.model_copy(update={"memory": "1MiB"})})
         return prepare(run, **more)
 
     monkeypatch.setattr(module, "prepare_run", prepared)
     report = finetune(run_of(tmp_path / "out", train={"steps": 6, "max_skipped": 1}))
     one, two, three = lines(tmp_path / "out")
     assert (one["state"], two["state"], three["state"]) == ("failed", "failed", "complete")
-    assert "no finite gradient" in one["error"] and "memory" in two["error"] and report["search"]["best"] == 3
+    assert "no finite gradient" in one["error"] and report["search"]["best"] == 3
+    assert ("memory" if lacking else "nothing fits") in two["error"]
     assert not list((tmp_path / "out" / "trials").rglob("*.safetensors"))
+
+
+def test_what_is_our_fault_ends_the_search(run_of, tmp_path, monkeypatch):
+    def broken(run: FinetuneRun, **more: Any) -> Training:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(module, "prepare_run", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        finetune(run_of(tmp_path / "out"))
 
 
 def test_where_all_trials_fail_the_error_says_so(run_of, tmp_path):

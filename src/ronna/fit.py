@@ -34,7 +34,11 @@ WATCHED = 2  # steps after which a run has taken all that it takes
 CHOSEN = {"micro_batch", "recompute", "weights", "fused_backward", "offload", "clip", "memory"}  # by a plan, of train
 
 
-class Outgrown(RonnaError):
+class TooLarge(RonnaError):
+    """A run that would take more memory than there is."""
+
+
+class Outgrown(TooLarge):
     """A run holds more than it may. measured: bytes, None where it just ended."""
 
     def __init__(self, measured: int | None, limit: int):
@@ -119,7 +123,7 @@ def fitted(
     world: World = ALONE,
 ) -> Fit | None:
     """The run as it is, which it stays if it is `settled`, or the best way that stays within `train.memory`; of one
-    rank. None on devices that there are no formulas for. Raises RonnaError where nothing fits."""
+    rank. None on devices that there are no formulas for. Raises TooLarge where nothing fits."""
     if device.type not in ("cpu", "cuda"):
         return None
     work = work_for(run, data, device, dtype, ranks_of(world))
@@ -165,7 +169,7 @@ def as_it_is(run: AnyRun, work: Work, before: int, limit: int) -> Fit:
     if fit.planned > limit * (1 + record.UNMEASURED):
         what = f"this run would hold about {gib(fit.planned)}, and there are {gib(limit)}"
         fix = "give --memory, which finds a way that fits, or a smaller train.micro_batch"
-        raise RonnaError(what, where="train", fix=fix)
+        raise TooLarge(what, where="train", fix=fix)
     return fit
 
 
@@ -179,7 +183,7 @@ def planned(run: AnyRun, work: Work, before: int, limit: int, correction: float)
     best = plans[0]
     if not best.fits:
         what = f"nothing fits: the leanest way ({best.name}) lacks {gib(best.missing)} of {gib(limit)}"
-        raise RonnaError(what, where="train.memory", fix="give more, a smaller batch or length, or an adapter (--peft)")
+        raise TooLarge(what, where="train.memory", fix="give more, a smaller batch or length, or an adapter (--peft)")
     say(f"plan for {gib(limit)}: {best.name}; about {gib(before + best.memory.peak)}, fullest at {best.memory.where}")
     chosen = with_plan(run, best, work)
     return Fit(
@@ -198,7 +202,7 @@ def planned(run: AnyRun, work: Work, before: int, limit: int, correction: float)
 
 
 def again(fit: Fit) -> Fit:
-    """The next plan after one that took more than it was to. Raises RonnaError where there is none."""
+    """The next plan after one that took more than it was to. Raises TooLarge where there is none."""
     gc.collect()
     release()
     measured = fit.seen[-1]

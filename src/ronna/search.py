@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +30,7 @@ from ronna.base.config import dump_toml
 from ronna.base.errors import RonnaError
 from ronna.base.track import say
 from ronna.compatible import refuse_shared
+from ronna.fit import TooLarge, out_of_memory
 from ronna.pages import number
 from ronna.parallel.world import started_with_others
 from ronna.ranges import import_optuna, merit, ranges_of, suggest, with_settings
@@ -80,7 +80,7 @@ def search(run: FinetuneRun, config: SearchConfig, *, resume: bool) -> dict[str,
         gc.collect()  # a model and its optimizer hold each other in circles, and the next trial wants their room
     best = best_of(trials)
     if best is None:
-        fix = f"lower search.lr, or look at the data; the last one: {trials[-1].error}"
+        fix = f"lower search.lr or train.batch, or look at the data; the last one: {trials[-1].error}"
         raise RonnaError(f"all {len(trials)} trials failed", where=str(out / "search.jsonl"), fix=fix)
     found = Search(monitor=best.monitor, best=best.number, trials=tuple(trials))
     show(found)
@@ -94,7 +94,7 @@ def search(run: FinetuneRun, config: SearchConfig, *, resume: bool) -> dict[str,
 
 
 def attempt(run: FinetuneRun, config: SearchConfig, trials: Sequence[Trial], data: Labelled) -> Trial:
-    """Run, or go on with, the last of `trials`. A run that diverges or finds no memory has failed."""
+    """Run, or go on with, the last of `trials`. One that diverges or finds no memory has failed."""
     trial, began = trials[-1], time.perf_counter()
     said = ", ".join(f"{name} {value:.4g}" for name, value in trial.settings.items())
     say(f"\n== trial {trial.number} of {config.trials}: {said}")
@@ -103,8 +103,13 @@ def attempt(run: FinetuneRun, config: SearchConfig, trials: Sequence[Trial], dat
         give_up = partial(hopeless, total=training.total_steps, trials=trials[:-1] if config.prune else ())
         progress = training.train(give_up)
         ended = ending(trial, progress, training.total_steps, stopped=give_up(progress))
-    except (Diverged, torch.OutOfMemoryError) as error:
-        what = error.what if isinstance(error, Diverged) else "not enough memory on the device"
+    except (Diverged, TooLarge, RuntimeError, MemoryError) as error:
+        if isinstance(error, RonnaError):
+            what = error.what
+        elif out_of_memory(error):
+            what = "not enough memory on the device"
+        else:
+            raise
         seconds = round(time.perf_counter() - began, 3)
         ended = trial.model_copy(update={"state": "failed", "error": what, "seconds": seconds})
     say(f"trial {ended.number}: {ended.error or f'{ended.monitor} {number(ended.value)}'} ({ended.state})")
