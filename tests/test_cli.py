@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ronna.cli import VERBS, main
+from ronna.cli import VERBS, joined, main
 
 
 @pytest.fixture(scope="module")
@@ -383,6 +383,11 @@ def test_a_flipped_bit_in_the_shards_is_found_before_training(tiny_gpt, reviews,
     call = ["pretrain", "--data", f"{out}/train", "--out", str(tmp_path / "r"), "--steps", "2", "--length", "32"]
     assert main([*call, "--model", str(tiny_gpt), "--objective", "clm", "--batch", "2"]) == 2
     assert "tokens-00000.bin" in capsys.readouterr().err
+
+
+def test_only_what_argparse_would_take_for_a_flag_is_joined():
+    several = ["--prompt", "-5", "-.5", "-5 degrees", "a"]
+    assert joined([*several, "--memory", "-3GiB", "--nproc", "-1"]) == [*several, "--memory=-3GiB", "--nproc", "-1"]
 
 
 @pytest.mark.parametrize("verb", [verb for verb, found in VERBS.items() if found.flags[0].name.startswith("-")])

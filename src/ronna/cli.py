@@ -255,10 +255,11 @@ def launched(arguments: argparse.Namespace, config: Any, argv: Sequence[str] | N
 
 
 def joined(argv: Sequence[str]) -> list[str]:
-    """`--memory -3GiB` -> `--memory=-3GiB`, which is refused as a value: argparse takes it for a flag."""
+    """`--memory -3GiB` -> `--memory=-3GiB`, which is refused as a value: argparse takes for a flag what begins like one
+    and is neither a number nor has a space."""
     found: list[str] = []
     for word in argv:
-        if found and found[-1].startswith("--") and re.match(r"-\.?\d", word):
+        if found and found[-1].startswith("--") and re.fullmatch(r"-\d\S*?[^\d.\s]\S*", word):
             word = f"{found.pop()}={word}"
         found.append(word)
     return found
