@@ -18,7 +18,7 @@ from ronna.model import config as c
 from ronna.model import folder
 from ronna.model.families import Family, Weight, classifier_for, preset
 from ronna.model.folder import Stored, load_folder, load_weights, save_folder
-from ronna.model.init import build, hold
+from ronna.model.init import build, hold, on_cpu
 from ronna.model.tensorfiles import fingerprint
 from ronna.model.transformer import Transformer
 
@@ -293,19 +293,17 @@ def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert count == loaded.model.cfg.params() and same(loaded.model, written)
 
 
-def test_weights_are_never_held_in_another_precision_than_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_never_held_in_another_precision_than_asked_for(tmp_path: Path) -> None:
     write(tmp_path, "gpt2-tiny")
-    empty, made = Transformer.to_empty, []
+    made = []
 
-    def watched(model: Transformer, **how: Any) -> Transformer:
+    def watched(model: Transformer) -> None:
+        assert all(p.is_meta for p in model.parameters())
         made.append({p.dtype for p in model.parameters() if p.ndim == 2})
-        return empty(model, **how)
+        on_cpu(model)
 
-    monkeypatch.setattr(Transformer, "to_empty", watched)
-    narrow = load_folder(tmp_path, precision=partial(hold, matrices=torch.bfloat16)).model
-    assert made == [{torch.bfloat16}]
+    narrow = load_folder(tmp_path, precision=partial(hold, matrices=torch.bfloat16), allot=watched).model
+    assert made == [{torch.bfloat16}] and {p.dtype for p in narrow.parameters() if p.ndim == 2} == made[0]
     wide = load_folder(tmp_path).model
     hold(wide, torch.bfloat16)
     assert same(narrow, wide) and narrow.head.logits.weight is narrow.embedding.tokens.weight

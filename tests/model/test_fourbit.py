@@ -14,7 +14,7 @@ from ronna.model.config import without_dropout
 from ronna.model.families import preset
 from ronna.model.folder import load_folder, save_folder
 from ronna.model.fourbit import Codes, FourBitLinear, encode, held_in, import_bitsandbytes, narrowed
-from ronna.model.init import build
+from ronna.model.init import build, on_cpu
 from ronna.model.layers import Linear, block_linears
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
@@ -213,10 +213,11 @@ def test_a_folder_is_never_held_wide(tmp_path, monkeypatch):
         seen.append(weakref.ref(weight))
 
     monkeypatch.setattr(FourBitLinear, "hold", watched)
-    empty, made = Transformer.to_empty, []
-    monkeypatch.setattr(Transformer, "to_empty", lambda model, **how: made.append(model) or empty(model, **how))
-    load_folder(folder, quantize="nf4")
-    assert len(seen) == 12 and not any(p.ndim == 2 and ".blocks." in n for n, p in made[0].named_parameters())
+    made = []
+    load_folder(
+        folder, quantize="nf4", allot=lambda model: made.append(on_cpu(model) or dict(model.named_parameters()))
+    )
+    assert len(seen) == 12 and not any(p.ndim == 2 and ".blocks." in n for n, p in made[0].items())
 
 
 def test_dropout_that_is_asked_for_is_there(tmp_path):

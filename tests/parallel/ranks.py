@@ -11,8 +11,9 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from functools import partialmethod
+from functools import cache, partialmethod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from ronna.base.errors import RonnaError
 from ronna.model.boxes import local, whole
-from ronna.model.config import without_dropout
+from ronna.model.config import Model, without_dropout
 from ronna.model.families import preset
 from ronna.model.init import build
 from ronna.model.loss import vocabulary_loss
@@ -37,9 +38,10 @@ from ronna.peft.prefix import PrefixConfig
 from ronna.peft.prompt import PromptConfig
 from ronna.run import Interrupted, execute
 from ronna.runfile import FinetuneRun, PretrainRun
-from ronna.train.loop import Run, gradients
+from ronna.train.loop import Run, Totals, gradients
 from ronna.train.optim import clip_gradients
 
+Gradients = dict[str, torch.Tensor]
 FAMILIES = ("bert-tiny", "gpt2-tiny", "llama-tiny", "qwen3-0.6b", "modernbert-tiny", "t5-tiny")
 
 ADAPTERS = {
@@ -116,54 +118,76 @@ def logits(model: Transformer, batch: Batch) -> torch.Tensor:
     return model(batch.tokens, batch.sequences, None, memory)
 
 
-def far(found: dict, wanted: dict) -> float:
+def far(found: Gradients, wanted: Gradients) -> float:
     """How far gradients are off at the most, by the largest number of each tensor."""
-    largest, worst = max(float(p.grad.abs().max()) for p in wanted.values()), 0.0
-    for n, p in wanted.items():
+    largest, worst = max(float(g.abs().max()) for g in wanted.values()), 0.0
+    for n, g in wanted.items():
         if n not in found:  # another rank has it
             continue
         # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding.
-        scale = largest if n.endswith(".k.bias") else max(float(p.grad.abs().max()), 1e-4 * largest)
-        worst = max(worst, float((whole(found[n].grad) - p.grad).abs().max()) / scale)
+        scale = largest if n.endswith(".k.bias") else max(float(g.abs().max()), 1e-4 * largest)
+        worst = max(worst, float((found[n] - g).abs().max()) / scale)
     return worst
+
+
+def gradients_of(model: Transformer) -> Gradients:
+    """Whole, copied."""
+    return {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class Alone(NamedTuple):
+    """What one process finds: in double precision, gradients in single too."""
+
+    cfg: Model
+    state: Gradients
+    size: int
+    logits: torch.Tensor
+    totals: Totals
+    gradients: Gradients
+    single: Gradients
+    norm: float
+    clipped: Gradients  # to the largest of all numbers
+
+
+@cache  # for every way to divide as many texts, in either precision
+def alone(name: str, kind: str, layers: int, batches: int) -> Alone:
+    one, single = model_of(name, kind, layers).double(), model_of(name, kind, layers)
+    one.compute, cfg = torch.float64, one.cfg
+    everything = [batch(number, cfg) for number in range(batches)]
+    state = {n: t.float() for n, t in one.state_dict().items()}
+    asked, totals = logits(one, batch(0, cfg)), gradients(one, Words(), everything, seed=0)
+    gradients(single, Words(), everything, seed=0)
+    found, size = gradients_of(one), sum(p.numel() for p in one.parameters())
+    norm = float(clip_gradients(list(one.parameters()), max(float(g.abs().max()) for g in found.values())))
+    return Alone(cfg, state, size, asked, totals, found, gradients_of(single), norm, gradients_of(one))
 
 
 def compared(name: str, kind: str, world: World, precision: torch.dtype) -> dict[str, float]:
     """Two micro-batches a rank, the second of the last rank only there to stand in. The model of one process computes
     in double precision; `alone` is how far it is off in single, `single` how far the ranks are from that."""
-    layers = 2 * world.pipeline
-    one, many, single = (model_of(name, kind, layers) for _ in range(3))
-    one, many = one.double(), many.to(precision)
-    one.compute, many.compute, cfg = torch.float64, precision, one.cfg
-    parts = world.size // world.together
-    numbers = list(range(2 * parts - 1))
-    everything = [batch(number, cfg) for number in numbers]
-    mine = [batch(number, cfg) for number in numbers[world.part :: parts]]
+    layers, parts = 2 * world.pipeline, world.size // world.together
+    one, many = alone(name, kind, layers, 2 * parts - 1), model_of(name, kind, layers).to(precision)
+    many.compute, cfg = precision, one.cfg
+    mine = [batch(number, cfg) for number in range(2 * parts - 1)[world.part :: parts]]
     if len(mine) < 2:
         mine.append(batch(0, cfg).standing_in())
-    expected = gradients(one, Words(), everything, seed=0)
-    gradients(single, Words(), everything, seed=0)
     shard(many, world, many.compute)
-    asked = logits(one, everything[0])
-    apart = float((logits(many, everything[0]) - asked).abs().max() / asked.abs().max())
+    apart = float((logits(many, batch(0, cfg)) - one.logits).abs().max() / one.logits.abs().max())
     totals = gradients(many, Words(), mine, seed=0, world=world)
     sums = world.total_sums(totals.sums)
-    loss = max(abs(float(sums[t] / expected.sums[t]) - 1) for t in sums)
-    found = {n: p for n, p in many.named_parameters() if p.grad is not None}
-    wanted = {n: p for n, p in one.named_parameters() if p.grad is not None}
-    assert found.keys() == {n for n in wanted if not n.startswith(absent(many))} and totals.counts == expected.counts
+    loss = max(abs(float(sums[t] / one.totals.sums[t]) - 1) for t in sums)
+    found, wanted = gradients_of(many), one.gradients
+    assert found.keys() == {n for n in wanted if not n.startswith(absent(many))} and totals.counts == one.totals.counts
     assert all(p.requires_grad == (n in found) for n, p in many.named_parameters())
     assert set(learning(many)) == wanted.keys()
-    largest = max(float(p.grad.abs().max()) for p in wanted.values())
-    rounded = {n: p for n, p in single.named_parameters() if p.grad is not None}
-    worst, alone, apart_from_it = far(found, wanted), far(rounded, wanted), far(found, rounded)
-    norms = [float(clip_gradients(list(m.parameters()), largest, stages_of(m))) for m in (one, many)]
-    clipped = max(float((whole(p.grad) - wanted[n].grad).abs().max()) for n, p in found.items()) / largest
-    held = sum(local(p).numel() for p in many.parameters()) / sum(p.numel() for p in one.parameters())
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    norm = float(clip_gradients(list(many.parameters()), largest, stages_of(many)))
+    clipped = max(float((g - one.clipped[n]).abs().max()) for n, g in gradients_of(many).items()) / largest
+    held = sum(local(p).numel() for p in many.parameters()) / one.size
     with gathered(whole_state(many), world) as state:
-        same = state is None or all(torch.equal(state[n].float(), t.float()) for n, t in one.state_dict().items())
-    return {"loss": loss, "logits": apart, "gradient": worst, "alone": alone, "single": apart_from_it,
-            "norm": abs(norms[1] / norms[0] - 1),
+        same = state is None or all(torch.equal(state[n].float(), t) for n, t in one.state.items())
+    return {"loss": loss, "logits": apart, "gradient": far(found, wanted), "alone": far(one.single, wanted),
+            "single": far(found, one.single), "norm": abs(norm / one.norm - 1),
             "clipped": clipped, "held": held, "same": same}  # fmt: skip
 
 

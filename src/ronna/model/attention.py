@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ronna.model import config as c
 from ronna.model.boxes import local
 from ronna.model.group import Group
-from ronna.model.layers import Linear, make_norm, merged
+from ronna.model.layers import Linear, Table, make_norm, merged
 from ronna.model.layers import dropout as drop
 from ronna.model.sequences import Reads, Sequences, View
 
@@ -57,7 +57,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.cfg, self.causal = cfg, causal
         self.group = Group()  # of the ranks that share the heads
-        self.table = nn.Embedding(cfg.buckets, heads)
+        self.table = Table(cfg.buckets, heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions (R, Lq) and (R, Lk) -> bias (R, H, Lq, Lk)."""
@@ -359,7 +359,8 @@ def relative(bias: RelativeBias, sequences: Sequences, dtype: torch.dtype, ahead
         before = torch.arange(ahead, device=positions.device).expand(len(positions), ahead)
         return bias(positions, torch.cat([before, positions], dim=1)).to(dtype)
 
-    made_once: Tensor = sequences.memo((bias, dtype), made)
+    # With gradients apart: what was made without is no way back to the table.
+    made_once: Tensor = sequences.memo((bias, dtype, torch.is_grad_enabled()), made)
     return made_once
 
 

@@ -3,24 +3,32 @@
 A plain tensor is one whose only part is here.
 """
 
+import sys
 from collections.abc import Sequence
 from operator import sub
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def in_parts(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it lies on several ranks. Who divides nothing has not imported what does, which takes a second."""
+    divided = sys.modules.get("torch.distributed.tensor")
+    return divided is not None and isinstance(tensor, divided.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """What of a tensor lies here."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if in_parts(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it; every rank asks at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if in_parts(tensor) else tensor
 
 
 class Box(NamedTuple):
@@ -48,8 +56,10 @@ class Box(NamedTuple):
 
 def box_of(tensor: Tensor) -> Box:
     """What of a tensor lies here."""
-    if not isinstance(tensor, DTensor):
+    if not in_parts(tensor):
         return Box.all_of(tensor.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Box(tuple(start), tuple(shape))
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ronna.model.boxes import put
+from ronna.model.boxes import in_parts, put
 from ronna.model.config import Model
 from ronna.model.layers import block_linears
 from ronna.model.transformer import Transformer
@@ -26,7 +25,9 @@ Allot = Callable[[Transformer], None]  # gives the parameters of a model, which 
 
 
 def on_cpu(model: Transformer) -> None:
-    model.to_empty(device="cpu")
+    for module in model.modules():  # as `to_empty` does, which would import sympy
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), p.requires_grad))
     model.tie()
 
 
@@ -60,7 +61,7 @@ def initialise(model: Transformer, seed: int, only: set[str] | None = None) -> N
     depth = sum(len(s.blocks) for s in (model.cfg.encoder, model.cfg.decoder) if s)
     for name, parameter in model.named_parameters():
         if only is None or name in only:
-            apart = isinstance(parameter, DTensor) or parameter.dtype != torch.float32
+            apart = in_parts(parameter) or parameter.dtype != torch.float32
             whole = torch.empty(parameter.shape, dtype=torch.float32) if apart else parameter
             draw(name, whole, model.cfg, depth, generator(seed, name))
             put(parameter, whole)

@@ -59,6 +59,13 @@ class Linear(nn.Linear):
         return output
 
 
+class Table(nn.Embedding):
+    """A vector for each number, which `ronna.model.init` draws."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: on a meta device torch would import its compiler, for a second, to draw nothing."""
+
+
 def block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The linear maps inside a model's blocks, by path."""
     for path, module in model.named_modules():

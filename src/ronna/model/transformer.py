@@ -15,7 +15,7 @@ from ronna.model.attention import Attention, LayerCache, Prefix, RelativeBias, r
 from ronna.model.boxes import box_of, local
 from ronna.model.group import Group
 from ronna.model.heads import Classifier, Head, pooled, pooled_places
-from ronna.model.layers import FeedForward, dropout, make_norm
+from ronna.model.layers import FeedForward, Table, dropout, make_norm
 from ronna.model.sequences import Reads, Sequences
 
 
@@ -188,10 +188,10 @@ class Embedding(nn.Module):
         super().__init__()
         self.cfg, self.dim = cfg, dim
         self.group = Group()  # of the ranks that divide its words
-        self.tokens = nn.Embedding(cfg.vocab, dim)
+        self.tokens = Table(cfg.vocab, dim)
         learned = isinstance(cfg.positions, c.LearnedPositions)
-        self.positions = nn.Embedding(cfg.positions.count, dim) if learned else None  # type: ignore[union-attr]
-        self.segments = nn.Embedding(cfg.segments, dim) if cfg.segments else None
+        self.positions = Table(cfg.positions.count, dim) if learned else None  # type: ignore[union-attr]
+        self.segments = Table(cfg.segments, dim) if cfg.segments else None
         self.norm = make_norm(cfg.norm, dim)
 
     def virtual(self) -> Tensor | None:

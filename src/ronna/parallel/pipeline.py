@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ronna.base.errors import RonnaError
 from ronna.model.boxes import local
@@ -270,6 +269,8 @@ def turning(model: Transformer, turn: Turn, turns: list[Turn]) -> Iterator[None]
     """Inside it is this one's turn. What stands around the blocks stays whole until the last of them, whose gradients
     are then added up."""
     if isinstance(model, Piped):
+        from torch.distributed.fsdp import FSDPModule
+
         pipe, closes = model.pipe, turn == turns[-1]
         pipe.chunk, pipe.closing = turn.chunk, turn[:2] == turns[-1][:2]
         if isinstance(model, FSDPModule):

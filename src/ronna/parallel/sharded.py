@@ -6,14 +6,15 @@ read its weights themselves.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from ronna.model.boxes import whole
 from ronna.model.transformer import Block, Transformer
@@ -21,6 +22,9 @@ from ronna.parallel.context import spread
 from ronna.parallel.pipeline import cut, pass_on
 from ronna.parallel.tensor import divide
 from ronna.parallel.world import ENDS, World
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 ENTRIES = ("encode", "hidden", "scores", "pooled")  # the ways into a model, beside its forward pass
 
@@ -33,6 +37,8 @@ def shard(model: Transformer, world: World, compute: torch.dtype) -> None:
     context group have the same losses (see `ronna.parallel.context`). Raises RonnaError where a model cannot be divided
     as asked.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     assert world.mesh is not None
     # Of changes in place of what a model returns, which nobody makes, and of sums over two dimensions of a mesh, which
     # are taken one after the other.
@@ -72,13 +78,14 @@ def allot_shards(model: Transformer, world: World, device: torch.device, compute
     model.tie()
 
 
-def is_sharded(model: Transformer) -> bool:
-    return isinstance(model, FSDPModule)
+def is_sharded(model: Transformer) -> "TypeGuard[FSDPModule]":
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # which a process alone does without
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def rest(model: Transformer) -> None:
     """Let go of what is whole after a look without a backward pass; nothing where nothing is in shards."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.reshard()
 
 

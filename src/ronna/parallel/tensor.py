@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from ronna.base.errors import RonnaError
 from ronna.model import config as c
@@ -71,11 +70,11 @@ def divide(model: Transformer, mesh: DeviceMesh, ends: DeviceMesh, rows: bool) -
     Raises RonnaError where numbers are no multiples of the ranks."""
     group = TensorGroup(mesh.get_group(), rows)
     model.embedding.group = group
-    place(model.embedding.tokens, "weight", ends, Shard(0))
+    place(model.embedding.tokens, "weight", ends, 0)
     if model.head is not None:
         model.head.group = group
-        place(model.head.logits, "weight", ends, Shard(0))
-        place(model.head.logits, "bias", ends, Shard(0))
+        place(model.head.logits, "weight", ends, 0)
+        place(model.head.logits, "bias", ends, 0)
         model.tie()
     for stack in (model.encoder, model.decoder):
         if stack is None:
@@ -84,7 +83,7 @@ def divide(model: Transformer, mesh: DeviceMesh, ends: DeviceMesh, rows: bool) -
             refuse_uneven(cfg, mesh.size())
         stack.group = group
         if stack.bias is not None:
-            place(stack.bias.table, "weight", ends, Shard(1))  # a column is a head's
+            place(stack.bias.table, "weight", ends, 1)  # a column is a head's
         for block in stack.blocks:
             divide_block(block, mesh, group)
 
@@ -93,9 +92,9 @@ def divide_block(block: nn.Module, mesh: DeviceMesh, group: TensorGroup) -> None
     block.group = group  # type: ignore[assignment]
     for name, module in block.named_modules():
         if name in TABLE:
-            place(module, "weight", mesh, Shard(TABLE[name]))
+            place(module, "weight", mesh, TABLE[name])
             if TABLE[name] == 0:
-                place(module, "bias", mesh, Shard(0))
+                place(module, "bias", mesh, 0)
             else:  # each rank adds its share to its part of the sum
                 module.passing = lambda bias: group.shared(bias) / mesh.size()
             assert isinstance(module, Linear)
@@ -108,14 +107,17 @@ def divide_block(block: nn.Module, mesh: DeviceMesh, group: TensorGroup) -> None
 def divide_change(change: Any, dim: int, mesh: DeviceMesh, group: TensorGroup) -> None:
     """Of a LoRA b goes with the outputs and a with the inputs of its map; each rank has the other whole."""
     divided, other = ("b", "a") if dim == 0 else ("a", "b")
-    place(change, divided, mesh, Shard(dim))
+    place(change, divided, mesh, dim)
     change.passing = {other: group.shared}
 
 
-def place(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+def place(module: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
+    """Divide a parameter of a module along a dimension."""
+    from torch.distributed.tensor import Shard, distribute_tensor  # who divides nothing does without
+
     whole = getattr(module, name)
     if whole is not None:
-        divided = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
+        divided = distribute_tensor(whole.detach(), mesh, [Shard(dim)], src_data_rank=None)
         setattr(module, name, nn.Parameter(divided, requires_grad=whole.requires_grad))
 
 

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ronna.base.errors import RonnaError
-from ronna.model.boxes import local, whole
+from ronna.model.boxes import in_parts, local, whole
 from ronna.parallel.world import ENDS
 from ronna.train.lean import SMALL, AdamW8bit, Apollo, ApolloOptimizer, ByTensor, EightBitAdamW
 from ronna.train.muon import MuonOptimizer
@@ -160,7 +159,7 @@ def by_mesh(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
     """Tensors that lie on the same ranks together, as torch's functions of many tensors want them."""
     groups: defaultdict[DeviceMesh | None, list[AnyTensor]] = defaultdict(list)
     for tensor in tensors:
-        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
+        groups[tensor.device_mesh if in_parts(tensor) else None].append(tensor)
     return list(groups.values())
 
 
@@ -329,8 +328,8 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float, stages: dis
 
 def _norms_of_stages(gradients: list[Tensor], dtype: torch.dtype, stages: dist.ProcessGroup) -> list[Tensor]:
     """Of what lies in shards over all stages, and of the blocks of all of them."""
-    apart = [g for g in gradients if isinstance(g, DTensor) and ENDS not in (g.device_mesh.mesh_dim_names or ())]
-    common = [g for g in gradients if isinstance(g, DTensor) and ENDS in (g.device_mesh.mesh_dim_names or ())]
+    apart = [g for g in gradients if in_parts(g) and ENDS not in (g.device_mesh.mesh_dim_names or ())]
+    common = [g for g in gradients if in_parts(g) and ENDS in (g.device_mesh.mesh_dim_names or ())]
     own = [_total_norm(some, dtype) for some in by_mesh(apart)]
     device = local(gradients[0]).device if gradients else torch.device("cpu")
     squares = sum((norm**2 for norm in own), torch.zeros((), dtype=dtype, device=device))

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ronna.model.boxes import Box, box_of, local
+from ronna.model.boxes import Box, box_of, in_parts, local
 from ronna.model.tensorfiles import KINDS, save_tensors
 from ronna.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PLACES = "places"  # in a file's metadata: the shape of the whole tensor, and where this file's box of it begins
 TYPES = {name: kind for kind, name in KINDS.items()}
@@ -33,14 +35,14 @@ def write_pieces(
 ) -> None:
     """This rank's boxes of a group of tensors; the first of those with the same blocks also has what they have whole.
     `written` is told of each that is done."""
-    owns = {n: t for n, t in group.items() if (owned(t, world) if isinstance(t, DTensor) else world.first_of_stage)}
-    places = {name: [[*t.shape], [*box_of(t).start]] for name, t in owns.items() if isinstance(t, DTensor)}
+    owns = {n: t for n, t in group.items() if (owned(t, world) if in_parts(t) else world.first_of_stage)}
+    places = {name: [[*t.shape], [*box_of(t).start]] for name, t in owns.items() if in_parts(t)}
     kinds = {name: tensor.dtype for name, tensor in owns.items()}
     metadata = {PLACES: json.dumps(places)} if places else {}
     save_tensors(folder / pieces_name(stem, world), kinds, lambda name: local(owns[name]), written, metadata)
 
 
-def owned(tensor: DTensor, world: World) -> bool:
+def owned(tensor: "DTensor", world: World) -> bool:
     """Whether what lies here lies on no rank before this one as well."""
     divided = "tensor" in (tensor.device_mesh.mesh_dim_names or ())
     return world.first_copy and (divided or world.rank % world.tensor == 0)
@@ -103,10 +105,10 @@ class Resharded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         like = self.parameters.get(name.rpartition(".")[0])
-        if not isinstance(like, DTensor) or self.stored.shape(name) != tuple(like.shape):
+        if like is None or not in_parts(like) or self.stored.shape(name) != tuple(like.shape):
             return self.stored[name]
         part = self.stored.box(name, box_of(like)).to(like.device)
-        return DTensor.from_local(
+        return type(like).from_local(
             part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from ronna.model.boxes import in_parts
 from ronna.model.transformer import Transformer
 
 # With more than this share of the table in use, a copy of its rows would not pay.
@@ -31,7 +31,7 @@ class EmbeddingRows:
     def __init__(self, model: Transformer, used: Tensor | None = None, sparse: bool = True):
         embedding = model.embedding.tokens
         tied = model.head is not None and model.head.cfg.tied
-        alone = model.device.type == "cpu" and not isinstance(embedding.weight, DTensor)
+        alone = model.device.type == "cpu" and not in_parts(embedding.weight)
         embedding.sparse = sparse and alone and not tied and embedding.weight.requires_grad
         self.table: Parameter = embedding.weight  # type: ignore[assignment]
         self.trained: Parameter = self.table
