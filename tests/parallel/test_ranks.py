@@ -324,13 +324,13 @@ def test_a_run_goes_on_with_divided_matrices_texts_or_blocks(how, trained, tmp_p
         assert tensor.shape == two[name].shape and (tensor - two[name]).abs().max() < 1e-4, name
 
 
-def test_a_rank_that_does_not_come_is_named_and_shows_where_it_is(shards, tmp_path, capfd):
+def test_a_rank_that_does_not_come_is_named_and_shows_where_it_is(shards, tmp_path):
     run = run_of(tmp_path / "out", shards["wordpiece"]) | {"parallel": {"timeout": 5.0}}
     (tmp_path / "run.json").write_text(json.dumps({"run": run, "hang": [1, 3]}))
-    first, second = start(2, tmp_path, "runs", tmp_path / "run.json")
+    first, second = start(2, tmp_path, "runs", tmp_path / "run.json", APART="yes")
     assert "rank 0 has lost another one" in first[0] and "rank 1 lives, but did not come" in first[0], first
     assert "rank 1 has lost another one" in second[0]
-    said = capfd.readouterr().err
+    said = (tmp_path / "rank-1.err").read_text()
     assert "Timeout (0:00:04" in said and "in hanging" in said, said
 
 

@@ -60,10 +60,11 @@ class Linear(nn.Linear):
 
 
 class Table(nn.Embedding):
-    """A vector for each number, which `ronna.model.init` draws."""
+    """A vector for each number."""
 
     def reset_parameters(self) -> None:
-        """Nothing: on a meta device torch would import its compiler, for a second, to draw nothing."""
+        if not self.weight.is_meta:  # where torch would import its compiler, for a second, to draw nothing
+            super().reset_parameters()
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
