@@ -22,13 +22,14 @@ from ronna.base.heap import Heap, keep_few_kernels
 from ronna.base.track import Tracker, say
 from ronna.compatible import refuse_apart, refuse_shared
 from ronna.fit import WATCHED, Fit, Outgrown, again, as_planned, fitted, out_of_memory
+from ronna.model.boxes import is_sharded
 from ronna.model.compiled import compile_blocks, wants_compile
 from ronna.model.fourbit import held_in
 from ronna.model.init import on_cpu
 from ronna.model.recompute import recompute_blocks
 from ronna.packed import Packed, read_packed
 from ronna.parallel.pipeline import absent
-from ronna.parallel.sharded import allot_shards, is_sharded, shard
+from ronna.parallel.sharded import allot_shards, shard
 from ronna.parallel.world import ALONE, World, joined
 from ronna.peft.adalora import AdaLoraConfig, Allocator, triplets_of
 from ronna.peft.changes import bare

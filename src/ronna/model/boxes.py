@@ -1,5 +1,7 @@
 """Tensors that lie in parts on several ranks (torch's DTensor): which part is here, and all of it.
 
+A process that divides nothing imports neither DTensor nor FSDP, which takes a second.
+
 A plain tensor is one whose only part is here.
 """
 
@@ -9,16 +11,23 @@ from operator import sub
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
 def in_parts(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether it lies on several ranks. Who divides nothing has not imported what does, which takes a second."""
+    """Whether it lies on several ranks."""
     divided = sys.modules.get("torch.distributed.tensor")
     return divided is not None and isinstance(tensor, divided.DTensor)
+
+
+def is_sharded(model: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Whether its parameters do, under FSDP2."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:

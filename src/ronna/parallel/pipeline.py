@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ronna.base.errors import RonnaError
-from ronna.model.boxes import local
+from ronna.model.boxes import is_sharded, local
 from ronna.model.sequences import Reads, Sequences
 from ronna.model.transformer import Cache, Memory, Stack, Transformer
 from ronna.parallel.world import World
@@ -269,11 +269,9 @@ def turning(model: Transformer, turn: Turn, turns: list[Turn]) -> Iterator[None]
     """Inside it is this one's turn. What stands around the blocks stays whole until the last of them, whose gradients
     are then added up."""
     if isinstance(model, Piped):
-        from torch.distributed.fsdp import FSDPModule
-
         pipe, closes = model.pipe, turn == turns[-1]
         pipe.chunk, pipe.closing = turn.chunk, turn[:2] == turns[-1][:2]
-        if isinstance(model, FSDPModule):
+        if is_sharded(model):
             model.set_is_last_backward(closes)
             model.set_requires_gradient_sync(closes, recurse=False)
             model.set_reshard_after_backward(closes, recurse=False)

@@ -6,25 +6,20 @@ read its weights themselves.
 """
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ronna.model.boxes import whole
+from ronna.model.boxes import is_sharded, whole
 from ronna.model.transformer import Block, Transformer
 from ronna.parallel.context import spread
 from ronna.parallel.pipeline import cut, pass_on
 from ronna.parallel.tensor import divide
 from ronna.parallel.world import ENDS, World
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 ENTRIES = ("encode", "hidden", "scores", "pooled")  # the ways into a model, beside its forward pass
 
@@ -76,11 +71,6 @@ def allot_shards(model: Transformer, world: World, device: torch.device, compute
     shard(model, world, compute)
     model.to_empty(device=device)
     model.tie()
-
-
-def is_sharded(model: Transformer) -> "TypeGuard[FSDPModule]":
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # which a process alone does without
-    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def rest(model: Transformer) -> None:

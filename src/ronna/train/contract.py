@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ronna.base.errors import RonnaError
-from ronna.model.boxes import local
+from ronna.model.boxes import is_sharded, local
 from ronna.model.recompute import recomputed_blocks
 from ronna.model.sequences import Sequences
 from ronna.model.transformer import Transformer
 from ronna.objectives.base import Batch, Objective, Sample, collate, last_states, of_whole_batch
-from ronna.parallel.sharded import is_sharded, rest
+from ronna.parallel.sharded import rest
 from ronna.train.loop import gradients
 
 SAMPLES = 8  # of the first batch, enough for every check
